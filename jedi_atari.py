@@ -17,6 +17,7 @@ V_omega actor-critic; z latent, a action, r reward, d termination; sigma noise l
 Dimensions: B batch, T time (window), H horizon, C x H x W a latent (16 x 8 x 8), A actions.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -25,7 +26,6 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import shutil
 import subprocess
@@ -425,9 +425,7 @@ class ReplayBuffer:
         if have < size:
             raise BadInput(f"{self.path} holds {have} records, its checkpoint needs {size}: the file was cut short")
         for begin in range(0, size, 1024):
-            records = np.fromfile(
-                self.path, self.RECORD, min(1024, size - begin), offset=begin * self.RECORD.itemsize
-            )
+            records = np.fromfile(self.path, self.RECORD, min(1024, size - begin), offset=begin * self.RECORD.itemsize)
             bad = [i for i, r in enumerate(records) if zlib.crc32(r.tobytes()[4:]) != r["crc"]]
             if bad:
                 raise BadInput(f"{self.path}: record {begin + bad[0]} fails its checksum: the file was altered")
@@ -761,12 +759,8 @@ class Agent(nn.Module):
         super().__init__()
         self.encoder = Encoder(args.encoder_width)
         self.norm = LatentNorm(args.latent_norm, args.sigma_data)
-        self.denoiser = Denoiser(
-            num_actions, args.denoiser_width, args.cond_dim, args.context_frames, args.sigma_data
-        )
-        self.reward = RewardTerminationModel(
-            num_actions, args.reward_width, args.reward_cond_dim, args.lstm_size
-        )
+        self.denoiser = Denoiser(num_actions, args.denoiser_width, args.cond_dim, args.context_frames, args.sigma_data)
+        self.reward = RewardTerminationModel(num_actions, args.reward_width, args.reward_cond_dim, args.lstm_size)
         self.policy = ActorCritic(num_actions, args.lstm_size)
 
     def encode(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -780,3 +774,1269 @@ def parameter_counts(agent: Agent) -> dict[str, int]:
     names = {"encoder": agent.encoder, "denoiser": agent.denoiser, "reward": agent.reward, "policy": agent.policy}
     counts = {name: sum(p.numel() for p in net.parameters()) for name, net in names.items()}
     return {**counts, "total": sum(counts.values())}
+
+
+# ======================================================================================================================
+# 5. Diffusion: preconditioning, noise and sampling in latent space, all in float32
+# ======================================================================================================================
+
+
+class Preconditioning(NamedTuple):
+    """Coefficients of D_theta(z) = c_skip z + c_out F_theta(c_in z, c_noise), each (B, 1, 1, 1) but c_noise (B,)."""
+
+    c_in: Tensor
+    c_out: Tensor
+    c_skip: Tensor
+    c_noise: Tensor
+
+
+def precondition(sigma: Tensor, sigma_data: float, sigma_offset: float) -> Preconditioning:
+    """The coefficients for noise levels sigma (B,): EDM table 1, with DIAMOND's offset noise counted in [E, D].
+
+    They make the network's input and its target both have unit variance, for data of standard deviation sigma_data.
+    """
+    sigma = torch.sqrt(sigma**2 + sigma_offset**2)
+    c_in = 1 / torch.sqrt(sigma**2 + sigma_data**2)
+    c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
+    c_out = sigma * torch.sqrt(c_skip)
+    wide = (c[:, None, None, None] for c in (c_in, c_out, c_skip))
+    return Preconditioning(*wide, c_noise=torch.log(sigma) / 4)
+
+
+def sample_sigma(batch_size: int, args: Args, device: torch.device) -> Tensor:
+    """(B,) training noise levels: log-normal, clipped [E, D]."""
+    normal = torch.randn(batch_size, device=device)
+    return torch.exp(normal * args.noise_std + args.noise_mean).clamp(args.noise_min, args.noise_max)
+
+
+def add_noise(z: Tensor, sigma: Tensor, sigma_offset: float) -> Tensor:
+    """z (B, C, H, W) plus noise of level sigma (B,) plus one shared value per channel, scaled by sigma_offset [D]."""
+    offset = sigma_offset * torch.randn(*z.shape[:2], 1, 1, device=z.device)
+    return z + sigma[:, None, None, None] * torch.randn_like(z) + offset
+
+
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
+    """`steps` falling noise levels from sigma_max to sigma_min, then 0: EDM equation 5. One step: sigma_max alone."""
+    if steps == 1:
+        return [sigma_max, 0.0]
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return [(high + i / (steps - 1) * (low - high)) ** rho for i in range(steps)] + [0.0]
+
+
+def denoise(agent: Agent, z: Tensor, sigma: Tensor, context: Tensor, actions: Tensor, args: Args) -> Tensor:
+    """D_theta, clamped: z (B, 16, 8, 8) at noise levels sigma (B,) -> the clean latent expected there."""
+    c = precondition(sigma, args.sigma_data, args.sigma_offset)
+    output = agent.denoiser(c.c_in * z, c.c_noise, context, actions)
+    return agent.norm.clamp(c.c_skip * z + c.c_out * output)
+
+
+@torch.no_grad()
+def sample_next_latent(agent: Agent, context: Tensor, actions: Tensor, args: Args) -> Tensor:
+    """One imagined latent: context (B, N, 16, 8, 8) and actions (B, N) -> (B, 16, 8, 8).
+
+    Euler steps of EDM's algorithm 2 from unit noise. Runs without gradients.
+    """
+    sigmas = karras_sigmas(args.sample_steps, args.sample_sigma_min, args.sample_sigma_max, args.sample_rho)
+    gamma = min(args.s_churn / args.sample_steps, math.sqrt(2) - 1)
+    # As in DIAMOND's code the start is not multiplied by sigma_max: at 5 the two differ little after the first step.
+    z = torch.randn_like(context[:, -1])
+    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+        sigma_hat = sigma * (1 + gamma)
+        if gamma > 0:
+            z = z + math.sqrt(sigma_hat**2 - sigma**2) * torch.randn_like(z)
+        levels = torch.full((len(z),), sigma_hat, device=z.device)
+        denoised = denoise(agent, z, levels, context, actions, args)
+        z = z + (sigma_next - sigma_hat) * (z - denoised) / sigma_hat
+    return z
+
+
+# ======================================================================================================================
+# 6. World model losses
+# ======================================================================================================================
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of `values` where `mask`; 0 where nothing is. No synchronisation with the host."""
+    mask = mask.to(values.dtype)
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def diffusion_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Denoising loss that trains D_theta and, through the context, E_phi [P, equation of the JEDI objective].
+
+    batch: windows of context_frames + target_frames frames. Returns the loss and metrics (detached scalars).
+    """
+    n = args.context_frames
+    latents = agent.encoder(batch.frames)
+    agent.norm.update(latents.detach(), batch.mask)
+    z = agent.norm(latents) * batch.mask[..., None, None, None]
+    context, losses = list(z[:, :n].unbind(1)), []
+    for i in range(args.target_frames):
+        # The one stop-gradient of JEDI: without it the encoder could make targets easy by making them all alike.
+        target = z[:, n + i].detach()
+        sigma = sample_sigma(len(z), args, z.device)
+        noisy = add_noise(target, sigma, args.sigma_offset)
+        c = precondition(sigma, args.sigma_data, args.sigma_offset)
+        past = torch.stack(context[-n:], dim=1)  # carries the encoder's gradient
+        output = agent.denoiser(c.c_in * noisy, c.c_noise, past, batch.actions[:, i : i + n])
+        error = (output - (target - c.c_skip * noisy) / c.c_out).square().mean((1, 2, 3))
+        losses.append(error)
+        # Random switching: half of the batches go on from the denoiser's own output, as imagination will.
+        # Detached, so that no gradient runs through two denoising passes. A tensor decides, not the host.
+        own = agent.norm.clamp(c.c_skip * noisy + c.c_out * output).detach()
+        switch = torch.rand((), device=z.device) < args.switch_prob
+        real = batch.mask[:, n + i, None, None, None]
+        context.append(torch.where(switch, own, z[:, n + i]) * real)
+    loss = masked_mean(torch.stack(losses, dim=1), batch.mask[:, n:])
+    return loss, {"loss": loss.detach(), "latent_std": z.detach().std()}
+
+
+def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of the reward's sign and of termination; trains R_psi and E_phi [P, D].
+
+    batch: windows from `sample_transitions`: T + 1 frames, mask (B, T) of real transitions.
+    """
+    z = agent.encode(batch.frames)
+    reward_logits, end_logits = agent.reward(z, batch.actions[:, :-1])
+    sign = batch.rewards[:, :-1].sign().long()
+    reward_error = F.cross_entropy(reward_logits.flatten(0, 1), sign.flatten() + 1, reduction="none")
+    end_error = F.cross_entropy(end_logits.flatten(0, 1), batch.ends[:, :-1].flatten().long(), reduction="none")
+    mask = batch.mask.flatten()
+    reward_loss, end_loss = masked_mean(reward_error, mask), masked_mean(end_error, mask)
+    hit = reward_logits.argmax(-1) - 1 == sign
+    metrics = {
+        "loss": (reward_loss + end_loss).detach(),
+        "reward_loss": reward_loss.detach(),
+        "end_loss": end_loss.detach(),
+        "recall": masked_mean(hit.float(), batch.mask & (sign != 0)),
+    }
+    return reward_loss + end_loss, metrics
+
+
+# ======================================================================================================================
+# 7. Imagination and the actor-critic
+# ======================================================================================================================
+
+
+class Imagined(NamedTuple):
+    """Trajectories of H steps from B starts, with static shapes: after an end, `alive` is False and nothing counts."""
+
+    z: Tensor  # (B, H + 1, 16, 8, 8)
+    actions: Tensor  # (B, H)
+    rewards: Tensor  # (B, H) in {-1, 0, 1}
+    ends: Tensor  # (B, H) bool
+    alive: Tensor  # (B, H) bool: the step was begun before any end
+    policy_state: tuple  # LSTM state before z[:, 0]
+
+
+def open_loop(agent: Agent, context: Tensor, past: Tensor, actions: Tensor, args: Args) -> Tensor:
+    """Imagine with given actions: context (B, N, 16, 8, 8), past (B, N - 1) actions between its frames, actions
+    (B, K) from its last frame on -> (B, K, 16, 8, 8)."""
+    frames, taken, n = list(context.unbind(1)), torch.cat([past, actions], dim=1), context.shape[1]
+    for k in range(actions.shape[1]):
+        frames.append(sample_next_latent(agent, torch.stack(frames[-n:], 1), taken[:, k : k + n], args))
+    return torch.stack(frames[n:], dim=1)
+
+
+@torch.no_grad()
+def imagine(agent: Agent, start: Windows, args: Args) -> Imagined:
+    """Let the policy act for `args.horizon` steps in the world model, from windows of context_frames real frames.
+
+    Runs without gradients. Rewards and ends feed nothing back into the latents, so R_psi runs once, at the end, over
+    the whole sequence. DEVIATION 3: a trajectory that ends is masked from there on; DIAMOND starts it afresh.
+    """
+    n = args.context_frames
+    context = agent.encode(start.frames, start.mask)
+    frames, actions = list(context.unbind(1)), list(start.actions[:, : n - 1].unbind(1))
+    burn_in = start.mask[:, : n - 1]
+    policy_state = state = masked_lstm(agent.policy.lstm, context[:, : n - 1].flatten(2), burn_in)
+    for _ in range(args.horizon):
+        logits, _, state = agent.policy(frames[-1][:, None], state)
+        actions.append(sample_categorical(logits[:, 0]))
+        frames.append(sample_next_latent(agent, torch.stack(frames[-n:], 1), torch.stack(actions[-n:], 1), args))
+    z, taken = torch.stack(frames, dim=1), torch.stack(actions, dim=1)
+    features = agent.reward.features(z, taken)
+    reward_state = masked_lstm(agent.reward.lstm, features[:, : n - 1], burn_in)
+    hidden, _ = agent.reward.lstm(features[:, n - 1 :], reward_state)
+    reward_logits, end_logits = agent.reward.predict(hidden)
+    rewards = (sample_categorical(reward_logits) - 1).float()
+    ends = sample_categorical(end_logits).bool()
+    ended_before = F.pad(ends, (1, 0))[:, :-1].long().cumsum(1) > 0
+    return Imagined(z[:, n - 1 :], taken[:, n - 1 :], rewards, ends, ~ended_before, policy_state)
+
+
+def sample_categorical(logits: Tensor) -> Tensor:
+    """(..., K) logits -> (...) samples, by the Gumbel-max trick: no synchronisation, unlike torch.multinomial."""
+    return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
+
+
+def lambda_returns(rewards: Tensor, ends: Tensor, values: Tensor, gamma: float, lambda_: float) -> Tensor:
+    """lambda-returns of trajectories: rewards, ends (B, H), values (B, H + 1) -> (B, H).
+
+    G_t = r_t + gamma (1 - d_t) ((1 - lambda) V_{t+1} + lambda G_{t+1}), with G_H = V_H. lambda 0 is one-step
+    bootstrapping, lambda 1 the whole sampled return [D, equation 14].
+    """
+    assert rewards.shape == ends.shape and values.shape[1] == rewards.shape[1] + 1
+    returns, last = [], values[:, -1]
+    for t in reversed(range(rewards.shape[1])):
+        going_on = gamma * (~ends[:, t]).float()
+        last = rewards[:, t] + going_on * ((1 - lambda_) * values[:, t + 1] + lambda_ * last)
+        returns.append(last)
+    return torch.stack(returns[::-1], dim=1)
+
+
+def actor_critic_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """REINFORCE with the value as baseline, squared value error and an entropy bonus, on imagined play [D].
+
+    The rollout has no gradients; the policy is computed again over the stored latents in one LSTM call. The latents
+    are detached by that: nothing of this loss reaches the encoder.
+    """
+    dream = imagine(agent, batch, args)
+    logits, values, _ = agent.policy(dream.z, dream.policy_state)
+    # The returns are targets and the advantage is a weight: neither passes a gradient on to the value.
+    returns = lambda_returns(dream.rewards, dream.ends, values.detach(), args.gamma, args.lambda_)
+    log_probs = F.log_softmax(logits[:, :-1], dim=-1)
+    taken = log_probs.gather(-1, dream.actions[..., None]).squeeze(-1)
+    entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), dream.alive)
+    policy_loss = masked_mean(-taken * (returns - values[:, :-1].detach()), dream.alive)
+    value_loss = masked_mean((values[:, :-1] - returns).square(), dream.alive)
+    loss = policy_loss + value_loss - args.entropy_weight * entropy
+    metrics = {
+        "loss": loss.detach(),
+        "policy_loss": policy_loss.detach(),
+        "value_loss": value_loss.detach(),
+        "entropy": entropy.detach(),
+        "value": masked_mean(values[:, :-1].detach(), dream.alive),
+        "imagined_reward": masked_mean(dream.rewards, dream.alive),
+        "imagined_end": masked_mean(dream.ends.float(), dream.alive),
+    }
+    return loss, metrics
+
+
+# ======================================================================================================================
+# 8. Playing: collection, evaluation, and measures of the world model on unseen play
+# ======================================================================================================================
+
+
+@torch.no_grad()
+def act(agent: Agent, frames: list[np.ndarray], state: tuple | None, temperature: float, device: torch.device):
+    """Sample an action for each of several games. SYNC: the emulator needs the actions on the host."""
+    z = agent.encode(torch.from_numpy(np.stack(frames)[:, None]).to(device))
+    logits, _, state = agent.policy(z, state)
+    return sample_categorical(logits[:, 0] / temperature).tolist(), state
+
+
+class Collector:
+    """The training environment and what its play carries from one epoch to the next."""
+
+    def __init__(self, args: Args):
+        self.env, self.args = make_env(args), args
+        self.frame, _ = self.env.reset(seed=args.seed)
+        self.state: tuple | None = None  # of the policy's LSTM
+        self.episode_return, self.episode_length = 0.0, 0
+        self.reward_counts = [0, 0, 0]  # steps with a negative, no and a positive reward
+        self.steps = 0
+
+    def collect(self, agent: Agent, replay: ReplayBuffer, device: torch.device, steps: int, progress) -> list[float]:
+        """Play `steps` steps with a little exploration; returns the returns of the games that ended meanwhile."""
+        finished = []
+        for _ in range(steps):
+            actions, self.state = act(agent, [self.frame], self.state, 1.0, device)
+            action = actions[0]
+            if torch.rand(()).item() < self.args.epsilon:
+                action = int(torch.randint(int(self.env.action_space.n), ()).item())
+            frame, reward, terminated, truncated, info = self.env.step(action)
+            self.steps += 1
+            self.episode_return, self.episode_length = self.episode_return + reward, self.episode_length + 1
+            self.reward_counts[int(np.sign(reward)) + 1] += 1
+            # For the replay a lost life ends an episode; a time limit does too, but is no termination: bootstrap there.
+            end, stop = terminated or info["life_loss"], terminated or truncated or info["life_loss"]
+            replay.add(self.frame, action, reward, end, frame if stop else None)
+            self.frame, self.state = frame, None if stop else self.state
+            if terminated or truncated:
+                finished.append(self.episode_return)
+                self.episode_return, self.episode_length = 0.0, 0
+                self.frame, _ = self.env.reset()
+            progress.advance()
+        replay.flush()
+        return finished
+
+
+def collect_first(
+    collector: Collector, agent: Agent, replay: ReplayBuffer, args: Args, device, progress
+) -> list[float]:
+    """The first epoch's play: until enough steps had another reward than the commonest, within limits [D]."""
+    finished = collector.collect(agent, replay, device, args.first_steps_min, progress)
+    while collector.steps < args.first_steps_max:
+        counts = collector.reward_counts
+        if sum(counts) - max(counts) >= args.first_rewards:
+            break
+        step = min(args.epoch_steps, args.first_steps_max - collector.steps)
+        finished += collector.collect(agent, replay, device, step, progress)
+    return finished
+
+
+class Evaluation(NamedTuple):
+    """Played games: raw returns and lengths, and some of their play for `measure_world_model`."""
+
+    returns: list[float]
+    lengths: list[int]
+    heldout: ReplayBuffer
+
+
+def evaluate(agent: Agent, args: Args, device: torch.device, episodes: int, seed: int, progress=None) -> Evaluation:
+    """Play full games: rewards not clipped, lives ignored, actions sampled, no exploration [D].
+
+    Each environment plays a fixed number of games (waiting for whichever ends first would favour short games). The
+    first steps of each are kept, cut at lost lives as in training: play that nothing was trained on.
+    """
+    count = min(args.eval_envs, episodes)
+    envs = [make_env(args) for _ in range(count)]
+    todo = [episodes // count + (i < episodes % count) for i in range(count)]
+    frames = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
+    kept: list[list[tuple]] = [[] for _ in envs]
+    keep, state, returns, lengths = -(-args.heldout_steps // count), None, [], []
+    totals, ages = [0.0] * count, [0] * count
+    while any(todo):
+        actions, state = act(agent, frames, state, args.temperature, device)
+        for i, env in enumerate(envs):
+            if not todo[i]:
+                continue
+            frame, reward, terminated, truncated, info = env.step(actions[i])
+            totals[i], ages[i] = totals[i] + reward, ages[i] + 1
+            if len(kept[i]) < keep:
+                end, stop = terminated or info["life_loss"], terminated or truncated or info["life_loss"]
+                stop = stop or len(kept[i]) == keep - 1
+                kept[i].append((frames[i], actions[i], reward, end, frame if stop else None))
+            if terminated or truncated:
+                returns.append(totals[i])
+                lengths.append(ages[i])
+                totals[i], ages[i], todo[i] = 0.0, 0, todo[i] - 1
+                for s in state:
+                    s[:, i] = 0
+                frame = env.reset()[0] if todo[i] else frame
+                if progress:
+                    progress.advance()
+            frames[i] = frame
+    for env in envs:
+        env.close()
+    steps = [step for play in kept for step in play]
+    heldout = ReplayBuffer(2 * len(steps) + 1, device)
+    for step in steps:
+        heldout.add(*step)
+    heldout.flush()
+    return Evaluation(returns, lengths, heldout)
+
+
+@torch.no_grad()
+def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict[str, float | list[float] | None]:
+    """How good the world model is on play that it was not trained on. A measure without data is None.
+
+    latent_*: health of the latent space. open_loop_ratio[k - 1]: error of latents imagined k steps ahead with the
+    recorded actions, over the error of predicting that nothing changes; below 1 is skill. reward_recall: share of
+    rewarded steps whose reward's sign is recognised. reward_prob_<k>: probability that R_psi gives to the true reward
+    when it sees latents imagined k steps ahead (0: true ones).
+    """
+    return {
+        **latent_health(agent, heldout),
+        **open_loop_error(agent, heldout, args),
+        **reward_skill(agent, heldout, args),
+        **reward_in_imagination(agent, heldout, args),
+    }
+
+
+def latent_health(agent: Agent, heldout: ReplayBuffer, count: int = 512) -> dict[str, float]:
+    """Standard deviation, effective rank (exp of the entropy of the normalised squared singular values of centred
+    latents) and share of values near the clamp, of `count` frames spread over the held-out play."""
+    index = torch.linspace(0, heldout.size - 1, min(count, heldout.size)).long().to(heldout.device)
+    raw = torch.cat([agent.encoder(part) for part in heldout.frames[index].split(64)])
+    z = agent.norm(raw).flatten(1)
+    energy = torch.linalg.svdvals((z - z.mean(0)).double()).square()
+    share = energy / energy.sum().clamp(min=1e-30)
+    entropy = -(share * share.clamp(min=1e-30).log()).sum()
+    return {
+        "latent_std": raw.std().item(),
+        "latent_change_std": (z - z.mean(0)).std().item(),
+        "latent_effective_rank": entropy.exp().item(),
+        "latent_saturation": (raw.abs() > 0.9 * LATENT_BOUND).float().mean().item(),
+    }
+
+
+def open_loop_error(agent: Agent, heldout: ReplayBuffer, args: Args, count: int = 64) -> dict:
+    """Open-loop error after 1 to 15 imagined steps over that of the copy baseline, on `count` windows."""
+    n = args.context_frames
+    windows = spread(heldout.all_windows(n + MAX_OPEN_LOOP, stride=1), count)
+    if not len(windows.frames):
+        return {"open_loop_ratio": None}
+    z = agent.encode(windows.frames)
+    imagined = open_loop(agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args)
+    error = (imagined - z[:, n:]).square().mean((0, 2, 3, 4))
+    copy = (z[:, n - 1 : n] - z[:, n:]).square().mean((0, 2, 3, 4))
+    return {"open_loop_ratio": (error / copy.clamp(min=1e-12)).tolist()}
+
+
+def spread(windows: Windows, count: int) -> Windows:
+    """At most `count` windows, evenly spread."""
+    total = len(windows.frames)
+    index = torch.linspace(0, max(total - 1, 0), min(count, total)).long().to(windows.frames.device)
+    return Windows(*(field[index] for field in windows))
+
+
+def reward_skill(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict[str, float | None]:
+    """Recall of rewards and false alarms, recall and precision of terminations, on true latents."""
+    length = min(args.context_frames + args.reward_window, max(int(heldout.lengths.max()) - 1, 1))
+    windows = heldout.all_windows(length + 1, stride=length)
+    signs, guesses, ends, end_guesses = [], [], [], []
+    for part in zip(*(field.split(32) for field in windows), strict=True):
+        part = Windows(*part)
+        reward_logits, end_logits = agent.reward(agent.encode(part.frames), part.actions[:, :-1])
+        signs.append(part.rewards[:, :-1].sign())
+        guesses.append(reward_logits.argmax(-1) - 1)
+        ends.append(part.ends[:, :-1])
+        end_guesses.append(end_logits.argmax(-1) == 1)
+    sign, guess, end, end_guess = (torch.cat(x).flatten() for x in (signs, guesses, ends, end_guesses))
+
+    def share(hits: Tensor, of: Tensor) -> float | None:
+        return (hits & of).sum().item() / of.sum().item() if of.any() else None
+
+    return {
+        "reward_recall": share(guess == sign, sign != 0),
+        "reward_false_alarms": share(guess != 0, sign == 0),
+        "end_recall": share(end_guess, end),
+        "end_precision": share(end, end_guess),
+        "rewarded_steps": float((sign != 0).sum().item()),
+    }
+
+
+def reward_in_imagination(agent: Agent, heldout: ReplayBuffer, args: Args, count: int = 64) -> dict[str, float | None]:
+    """Probability of the true reward when R_psi sees true latents, and latents imagined 1, 3 and 5 steps ahead."""
+    ahead, n = (0, 1, 3, 5), args.context_frames
+    windows = heldout.all_windows(n + max(ahead), stride=1)
+    windows = spread(Windows(*(field[windows.rewards[:, -2] != 0] for field in windows)), count)
+    if not len(windows.frames):
+        return {f"reward_prob_{k}": None for k in ahead}
+    z, result = agent.encode(windows.frames), {}
+    sign = windows.rewards[:, -2].sign().long() + 1
+    for k in ahead:
+        seen = z.clone()
+        if k:
+            past, actions = windows.actions[:, -k - n : -k - 1], windows.actions[:, -k - 1 : -1]
+            seen[:, -k:] = open_loop(agent, z[:, -k - n : -k], past, actions, args)
+        reward_logits, _ = agent.reward(seen, windows.actions[:, :-1])
+        result[f"reward_prob_{k}"] = reward_logits[:, -1].softmax(-1).gather(1, sign[:, None]).mean().item()
+    return result
+
+
+# ======================================================================================================================
+# 9. Plan, progress, logs and checkpoints
+# ======================================================================================================================
+
+
+class Plan(NamedTuple):
+    """How much of everything a run does, if the first collection takes `first_steps` steps."""
+
+    epochs: int
+    steps: int
+    diffusion: int
+    reward: int
+    policy: int
+    games: int
+
+
+def make_plan(args: Args, first_steps: int) -> Plan:
+    """Count epochs, environment steps, updates and evaluation games ahead of a run."""
+    epochs = 1 + -(-(args.total_steps - first_steps) // args.epoch_steps) + args.final_epochs
+    evaluations = sum(evaluation_due(args, epoch, epochs) for epoch in range(epochs))
+    return Plan(
+        epochs=epochs,
+        steps=args.total_steps,
+        diffusion=args.first_diffusion_updates + (epochs - 1) * args.diffusion_updates,
+        reward=args.first_reward_updates + (epochs - 1) * args.reward_updates,
+        policy=args.first_policy_updates + (epochs - 1) * args.policy_updates,
+        games=(1 + evaluations) * args.eval_episodes + args.final_episodes,
+    )
+
+
+def evaluation_due(args: Args, epoch: int, epochs: int) -> bool:
+    """After every `eval_every`-th epoch; the last one has the final evaluation instead."""
+    return (epoch + 1) % args.eval_every == 0 and epoch + 1 < epochs
+
+
+def clock(seconds: float) -> str:
+    """Seconds -> `1 d 02:03:04`, `2:03:04` or `3:04`."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+    return f"{hours // 24} d {hours % 24:02d}:{m:02d}:{s:02d}"
+
+
+class Progress:
+    """A bar with rate and time left for the phase and for the run; a plain line every 30 s where there is no terminal.
+
+    Time left is the work left of each kind times what one unit of that kind has cost so far, so that the long first
+    epoch does not spoil it.
+    """
+
+    def __init__(self, left: dict[str, int], cost: dict[str, float]):
+        self.left, self.cost = dict(left), dict(cost)  # units of each kind to do, and seconds a unit of each
+        self.spent: dict[str, tuple[int, float]] = {}  # per kind: units done, seconds
+        self.terminal = sys.stdout.isatty()
+        self.shown = time.monotonic()
+        self.title, self.kind, self.count, self.done, self.begun = "", "", 0, 0, 0.0
+
+    def start(self, title: str, kind: str, count: int) -> None:
+        """Begin a phase of `count` units of a kind."""
+        self.title, self.kind, self.count, self.done, self.begun = title, kind, count, 0, time.monotonic()
+
+    def advance(self) -> None:
+        """One more unit is done."""
+        self.done += 1
+        self.left[self.kind] = max(0, self.left[self.kind] - 1)
+        now = time.monotonic()
+        if now - self.shown > (0.2 if self.terminal else 25):
+            self.shown = now
+            self.show(now)
+
+    def show(self, now: float) -> None:
+        rate = self.done / max(now - self.begun, 1e-9)
+        phase_left = clock((self.count - self.done) / rate)
+        text = f"{self.title} {self.done}/{self.count}  {rate:.1f}/s  {phase_left} left, run {clock(self.run_left())}"
+        if self.terminal:
+            full = int(20 * self.done / max(self.count, 1))
+            print(f"\r\033[K[{'#' * full}{'.' * (20 - full)}] {text}", end="", flush=True)
+        else:
+            print(text, flush=True)
+
+    def run_left(self) -> float:
+        """Seconds until the end of the run, as far as one can tell."""
+        cost = dict(self.cost)
+        spent = {**self.spent}
+        units, seconds = spent.get(self.kind, (0, 0.0))
+        spent[self.kind] = (units + self.done, seconds + time.monotonic() - self.begun)
+        cost.update({kind: s / n for kind, (n, s) in spent.items() if n})
+        return sum(n * cost.get(kind, 0.0) for kind, n in self.left.items())
+
+    def finish(self) -> float:
+        """End the phase; returns its seconds."""
+        seconds = time.monotonic() - self.begun
+        units, before = self.spent.get(self.kind, (0, 0.0))
+        self.spent[self.kind] = (units + self.done, before + seconds)
+        self.done = 0
+        if self.terminal:
+            print("\r\033[K", end="", flush=True)
+        return seconds
+
+
+class Logger:
+    """Scalars under the same keys to TensorBoard and to metrics.jsonl (one line per call). x-axis: epochs."""
+
+    def __init__(self, run_dir: Path, offset: int, first_epoch: int):
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help
+
+        self.file = open(run_dir / "metrics.jsonl", "ab")  # noqa: SIM115 - open for the life of the run
+        self.file.truncate(offset)  # a resumed run writes the lines after its checkpoint again
+        self.writer = SummaryWriter(str(run_dir), purge_step=first_epoch if first_epoch else None)
+
+    def log(self, epoch: int, metrics: dict[str, float | None]) -> None:
+        """Write what is not None."""
+        metrics = {key: float(value) for key, value in metrics.items() if value is not None}
+        for key, value in metrics.items():
+            self.writer.add_scalar(key, value, epoch)
+        self.file.write((json.dumps({"epoch": epoch, **metrics}) + "\n").encode())
+
+    def flush(self) -> int:
+        """Bring everything to disk; returns the length of metrics.jsonl, which a checkpoint stores."""
+        self.writer.flush()
+        self.file.flush()
+        return self.file.tell()
+
+
+class Meter:
+    """Means of metrics that stay on the device until read() (the only synchronisation of an epoch's updates)."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for key, value in metrics.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        return {key: value.item() / self.count for key, value in self.sums.items()}  # SYNC
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call write(file) on a new file, bring it to disk, then let it take the place of `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+
+
+def collector_state(collector: Collector) -> dict:
+    """Everything that the next training step depends on, the emulator's own state included, as plain data."""
+    env, game = collector.env, None
+    if hasattr(env.unwrapped, "clone_state"):
+        blob = env.unwrapped.clone_state(include_rng=True).serialize()
+        game = {"emulator": torch.frombuffer(bytearray(blob), dtype=torch.uint8), "ale_py": ale_py.__version__}
+    return {
+        "game": game,
+        "np_random": json.dumps(env.unwrapped.np_random.bit_generator.state),
+        "lives": int(env.lives),
+        "game_steps": env.steps,
+        "frame": torch.from_numpy(collector.frame.copy()),
+        "lstm": collector.state,
+        "episode": (collector.episode_return, collector.episode_length),
+        "reward_counts": list(collector.reward_counts),
+        "steps": collector.steps,
+    }
+
+
+def restore_collector(collector: Collector, saved: dict, replay: ReplayBuffer, device: torch.device) -> None:
+    """Carry on with the same game. Where the emulator's state cannot be restored, a new game begins, and says so."""
+    env, game = collector.env, saved["game"]
+    collector.reward_counts, collector.steps = list(saved["reward_counts"]), saved["steps"]
+    env.unwrapped.np_random.bit_generator.state = json.loads(saved["np_random"])
+    frame = saved["frame"].numpy()
+    if game is None or game["ale_py"] != ale_py.__version__:
+        print("the game's own state cannot be restored here: a new game begins")
+        if replay.open:
+            replay._record(frame, 0, 0.0, True, False)
+            replay.flush()
+        collector.frame, _ = env.reset()
+        return
+    env.unwrapped.restore_state(ale_py.ALEState(game["emulator"].numpy().tobytes()))
+    env.lives, env.steps, collector.frame = saved["lives"], saved["game_steps"], frame
+    collector.state = None if saved["lstm"] is None else tuple(s.to(device) for s in saved["lstm"])
+    collector.episode_return, collector.episode_length = saved["episode"]
+
+
+def rng_state(device: torch.device) -> dict:
+    """The generators that training draws from."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def save_checkpoint(run_dir: Path, content: dict) -> None:
+    """Write checkpoint.pt under another name, bring it to disk, rename; the one before stays as checkpoint.prev.pt."""
+    path = run_dir / "checkpoint.pt"
+    write_atomically(run_dir / "checkpoint.new.pt", lambda file: torch.save(content, file))
+    if path.exists():
+        os.replace(path, run_dir / "checkpoint.prev.pt")
+    os.replace(run_dir / "checkpoint.new.pt", path)
+
+
+def load_checkpoint(run_dir: Path, device: torch.device) -> dict:
+    """Read checkpoint.pt as data only, never as code. Raises `BadInput` if there is none or it cannot be read."""
+    path = run_dir / "checkpoint.pt"
+    if not path.is_file():
+        raise BadInput(f"{run_dir} holds no checkpoint.pt; give the folder of a run that has saved one")
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        previous = run_dir / "checkpoint.prev.pt"
+        advice = f"; {previous} is the one before it" if previous.is_file() else ""
+        raise BadInput(f"{path} cannot be read ({type(error).__name__}){advice}") from None
+
+
+def load_args(run_dir: Path) -> Args:
+    """The arguments of a run. Raises `BadInput` where there are none."""
+    path = run_dir / "args.json"
+    try:
+        saved = json.loads(path.read_text())
+        return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+    except (OSError, json.JSONDecodeError):
+        raise BadInput(f"{run_dir} holds no readable args.json; give the folder of a run") from None
+    except TypeError as error:
+        raise BadInput(f"{path} was written by another version of this script: {error}") from None
+
+
+MAY_CHANGE_ON_RESUME = (
+    "run_dir",
+    "resume",
+    "device",
+    "compile",
+    "precision",
+    "checkpoint_every",
+    "dry_run",
+    "eval_only",
+)
+
+
+def prepare_run_dir(args: Args, name: str) -> Path:
+    """Make the run folder, or check the one to resume. Raises `BadInput` rather than touch another run's files."""
+    script = Path(__file__).stem
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    run_dir = Path(args.run_dir or f"runs/{name}__{script}__{args.seed}__{stamp}")
+    if args.resume:
+        if not (run_dir / "checkpoint.pt").is_file():
+            raise BadInput(f"--resume: {run_dir} holds no checkpoint.pt; drop --resume to start a new run there")
+        saved = load_args(run_dir)
+        names = [f.name for f in dataclasses.fields(Args) if f.name not in MAY_CHANGE_ON_RESUME]
+        differ = [n for n in names if getattr(saved, n) != getattr(args, n)]
+        if differ:
+            was = ", ".join(f"{flag(n)} (was {getattr(saved, n)}, now {getattr(args, n)})" for n in differ)
+            raise BadInput(f"--resume: {run_dir} was begun with other arguments: {was}")
+    elif any((run_dir / file).exists() for file in ("args.json", "checkpoint.pt", "metrics.jsonl", "result.json")):
+        raise BadInput(f"{run_dir} already holds a run; carry it on with --resume, or choose another --run-dir")
+    try:
+        (run_dir / "dreams").mkdir(parents=True, exist_ok=True)
+        with open(run_dir / ".writable", "wb"):
+            pass
+        (run_dir / ".writable").unlink()
+    except OSError as error:
+        raise BadInput(f"cannot write to the run folder {run_dir}: {error.strerror}") from None
+    return run_dir
+
+
+# ======================================================================================================================
+# 10. Training
+# ======================================================================================================================
+
+
+class Part(NamedTuple):
+    """One of the three updates: its loss, the parameters that it moves, and how it draws its batch."""
+
+    loss: object  # (agent, batch, args) -> (loss, metrics)
+    optimizer: torch.optim.AdamW
+    parameters: list[nn.Parameter]
+    clip: float
+    sample: object  # (replay) -> Windows
+
+
+def make_optimizer(
+    args: Args, network: nn.Module, encoder: nn.Module | None, weight_decay: float, device: torch.device
+):
+    """AdamW with decay on weight matrices only, the encoder at its own, lower learning rate [P, D]."""
+    groups = []
+    for module, scale in ((network, 1.0), (encoder, args.encoder_lr_scale)):
+        if module is None:
+            continue
+        decayed, plain = [], []
+        for submodule in module.modules():
+            for name, parameter in submodule.named_parameters(recurse=False):
+                keep = isinstance(submodule, (nn.GroupNorm, nn.Embedding)) or "bias" in name
+                (plain if keep else decayed).append(parameter)
+        # Learning rates are tensors: a captured or compiled update reads their present value.
+        for parameters, decay in ((decayed, weight_decay), (plain, 0.0)):
+            lr = torch.tensor(args.learning_rate * scale, device=device)
+            groups.append({"params": parameters, "weight_decay": decay, "lr": lr, "peak": args.learning_rate * scale})
+    return torch.optim.AdamW(groups, eps=args.adam_eps, fused=True)
+
+
+def make_parts(agent: Agent, args: Args, device: torch.device) -> dict[str, Part]:
+    """The three updates. The encoder learns from the first two; the actor-critic learns alone."""
+    n = args.context_frames
+    wrap = torch.compile if args.compile else (lambda function: function)
+    diffusion = make_optimizer(args, agent.denoiser, agent.encoder, args.weight_decay, device)
+    reward = make_optimizer(args, agent.reward, agent.encoder, args.weight_decay, device)
+    policy = make_optimizer(args, agent.policy, None, 0.0, device)
+    parameters = [[p for g in o.param_groups for p in g["params"]] for o in (diffusion, reward, policy)]
+    b, window = args.batch_size, n + args.reward_window
+    return {
+        "diffusion": Part(
+            wrap(diffusion_loss), diffusion, parameters[0], args.clip_diffusion,
+            lambda replay: replay.sample_frames(b, n + args.target_frames, final=True),
+        ),
+        "reward": Part(
+            wrap(reward_termination_loss), reward, parameters[1], args.clip_other,
+            lambda replay: replay.sample_transitions(b, window),
+        ),
+        "policy": Part(
+            wrap(actor_critic_loss), policy, parameters[2], args.clip_other,
+            lambda replay: replay.sample_frames(b, n, final=False),
+        ),
+    }  # fmt: skip
+
+
+def update(agent: Agent, part: Part, batch: Windows, number: int, args: Args, bf16: bool) -> dict[str, Tensor]:
+    """One optimiser step, the `number`-th (from 0) of its part. Returns metrics on the device: no synchronisation."""
+    warm = min(1.0, (number + 1) / max(args.warmup_updates, 1))
+    if number <= args.warmup_updates:
+        for group in part.optimizer.param_groups:
+            group["lr"].fill_(group["peak"] * warm)
+    with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=bf16):
+        loss, metrics = part.loss(agent, batch, args)
+    part.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(part.parameters, part.clip)
+    part.optimizer.step()
+    return {**metrics, "grad_norm": norm.detach()}
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> a device that is there. Raises `BadInput`."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise BadInput(f"--device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise BadInput(f"--device {name}: PyTorch sees {count} CUDA devices here; try --device cpu or auto")
+    return device
+
+
+def choose_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to compute in bf16. `auto`: where matrix units make it fast. Raises `BadInput`."""
+    if device.type == "cuda":
+        supported = fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        amx, avx = (
+            bool(getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()) for name in ("amx_tile", "avx512_bf16")
+        )
+        supported, fast = amx or avx, amx
+    if precision == "bf16" and not supported:
+        raise BadInput(f"--precision bf16: this {device.type} has no bf16 arithmetic; use --precision fp32 or auto")
+    return fast if precision == "auto" else precision == "bf16"
+
+
+def measure_costs(args: Args, device: torch.device, bf16: bool, repeats: int = 2) -> dict[str, float]:
+    """Seconds of one environment step, one update of each part and one evaluation game, measured on a throw-away
+    agent. A game is taken as 1,000 steps, or fewer where games are cut earlier."""
+    args = dataclasses.replace(args, compile=False, heldout_steps=1)
+    collector, costs = Collector(args), {}
+    agent = Agent(int(collector.env.action_space.n), args).to(device)
+    replay = ReplayBuffer(1_000, device)
+    silent = Progress({"collect": 0}, {})
+    silent.start("", "collect", 0)
+    silent.shown = math.inf
+    collector.collect(agent, replay, device, 20, silent)
+    begun = time.monotonic()
+    collector.collect(agent, replay, device, 40, silent)
+    costs["collect"] = (time.monotonic() - begun) / 40
+    collector.env.close()
+    for name, part in make_parts(agent, args, device).items():
+        for i in range(repeats + 1):
+            if i == 1:
+                synchronize(device)
+                begun = time.monotonic()
+            update(agent, part, part.sample(replay), i, args, bf16)
+        synchronize(device)
+        costs[name] = (time.monotonic() - begun) / repeats
+    costs["games"] = min(1_000, args.max_episode_steps) * costs["collect"]
+    return costs
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, to read a clock honestly."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def print_plan(args: Args, plan: Plan, counts: dict[str, int], costs: dict[str, float], device, bf16: bool) -> float:
+    """Print what a run will do and cost; returns the estimated seconds."""
+    work = {"collect": plan.steps, "diffusion": plan.diffusion, "reward": plan.reward, "policy": plan.policy}
+    work["games"] = plan.games
+    seconds = {kind: count * costs[kind] for kind, count in work.items()}
+    replay = args.total_steps * ReplayBuffer.RECORD.itemsize
+    print(f"game            {args.env_id}, seed {args.seed}, preset {args.preset}")
+    print(f"device          {device}, {'bf16' if bf16 else 'fp32'}, compile {'on' if args.compile else 'off'}")
+    print("parameters      " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    print(f"epochs          {plan.epochs:,}")
+    names = {"collect": "env steps", "games": "games played"}
+    for kind, count in work.items():
+        title = names.get(kind, f"{kind} updates")
+        print(f"{title:<17} {count:>9,} x {costs[kind] * 1000:9.1f} ms = {clock(seconds[kind]):>14}")
+    print(f"replay          {replay:,} bytes in memory and on disk")
+    print(f"whole run       about {clock(sum(seconds.values()))} (measured on this device just now)")
+    return sum(seconds.values())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    modules = {"torch": torch, "gymnasium": gym, "ale_py": ale_py, "numpy": np, "cv2": cv2}
+    return {"python": platform.python_version(), **{name: m.__version__ for name, m in modules.items()}}
+
+
+def git_commit() -> str | None:
+    """The commit of this script, if it lies in a git checkout; with `-dirty` where it was changed since."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where a GPU is the way to run this
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def flatten_measures(measures: dict) -> dict[str, float | None]:
+    """Measures of the world model -> scalars to log; the open-loop error as one key per horizon."""
+    flat = {f"wm/{key}": value for key, value in measures.items() if key != "open_loop_ratio"}
+    for k, value in enumerate(measures["open_loop_ratio"] or [], 1):
+        flat[f"wm/open_loop_ratio_{k}"] = value
+    return flat
+
+
+def human_normalized(name: str, mean_return: float) -> float | None:
+    """(score - random) / (human - random); None for a game without reference scores."""
+    if name not in REFERENCE_SCORES:
+        return None
+    low, high = REFERENCE_SCORES[name]
+    return (mean_return - low) / (high - low)
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that changes during a run, and the few things that all its steps need."""
+
+    args: Args
+    run_dir: Path
+    device: torch.device
+    bf16: bool
+    agent: Agent
+    parts: dict[str, Part]
+    replay: ReplayBuffer
+    collector: Collector
+    progress: Progress
+    logger: Logger | None = None
+    epoch: int = 0  # how many are done
+    epochs: int = 0  # how many there will be; known once the first collection is
+    updates: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+    untrained: dict = dataclasses.field(default_factory=dict)  # returns and measures before training
+    wall_seconds: float = 0.0  # of earlier sessions of this run
+
+
+def checkpoint_content(run: Run, seconds: float) -> dict:
+    """Plain data that `restore` turns back into the same run."""
+    return {
+        "script": Path(__file__).stem,
+        "agent": run.agent.state_dict(),
+        "optimizers": {name: part.optimizer.state_dict() for name, part in run.parts.items()},
+        "epoch": run.epoch,
+        "epochs": run.epochs,
+        "updates": dict(run.updates),
+        "untrained": json.dumps(run.untrained),
+        "collector": collector_state(run.collector),
+        "rng": rng_state(run.device),
+        "replay_size": run.replay.size,
+        "metrics_bytes": run.logger.flush(),
+        "wall_seconds": seconds,
+    }
+
+
+def restore(run: Run) -> int:
+    """Load the run folder's checkpoint into a fresh run; returns the length of its metrics file."""
+    saved = load_checkpoint(run.run_dir, run.device)
+    run.replay.load(saved["replay_size"])
+    run.agent.load_state_dict(saved["agent"])
+    for name, part in run.parts.items():
+        part.optimizer.load_state_dict(saved["optimizers"][name])
+    run.epoch, run.epochs, run.updates = saved["epoch"], saved["epochs"], dict(saved["updates"])
+    run.wall_seconds = saved["wall_seconds"]
+    run.untrained = json.loads(saved["untrained"])
+    restore_collector(run.collector, saved["collector"], run.replay, run.device)
+    torch.set_rng_state(saved["rng"]["cpu"].cpu())
+    if run.device.type == "cuda" and saved["rng"]["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu(), run.device)
+    return saved["metrics_bytes"]
+
+
+def train(args: Args) -> dict:
+    """Train and evaluate one agent; writes the run folder and returns what it writes as result.json.
+
+    Raises `BadInput` before anything is written if the arguments, the device or the folder do not fit.
+    """
+    begun = time.monotonic()
+    check_args(args)
+    device = choose_device(args.device)
+    bf16 = choose_bf16(args.precision, device)
+    _, name = resolve_env_id(args.env_id)
+    make_env(args).close()
+    run_dir = prepare_run_dir(args, name)
+    run = start_run(args, run_dir, device, bf16)
+    run_epochs(run, begun)
+    return finish_run(run, name, begun)
+
+
+def start_run(args: Args, run_dir: Path, device: torch.device, bf16: bool) -> Run:
+    """Announce the plan, build everything from the seed, or restore it; write what describes the run."""
+    torch.set_float32_matmul_precision("high")  # TF32 where fp32 products remain on a GPU
+    costs = measure_costs(args, device, bf16)
+    torch.manual_seed(args.seed)
+    collector = Collector(args)
+    agent = Agent(int(collector.env.action_space.n), args).to(device)
+    plan = make_plan(args, args.first_steps_min)
+    print(f"run folder      {run_dir}")
+    seconds = print_plan(args, plan, parameter_counts(agent), costs, device, bf16)
+    if device.type == "cpu" and seconds > 86_400:
+        print(f"on this CPU that takes about {seconds / 86_400:.0f} days; for minutes, stop and use --preset tiny")
+    if args.compile:
+        print("compiling the updates: the first of each takes up to a minute")
+    left = {"collect": plan.steps, "games": plan.games, **{part: getattr(plan, part) for part in PARTS}}
+    capacity = int(1.1 * args.total_steps) + 1_000
+    replay = ReplayBuffer(capacity, device, run_dir / "replay.bin")
+    parts = make_parts(agent, args, device)
+    run = Run(args, run_dir, device, bf16, agent, parts, replay, collector, Progress(left, costs))
+    offset = 0
+    if args.resume:
+        offset = restore(run)
+        print(f"resumed after epoch {run.epoch}, {run.collector.steps:,} steps")
+        run.progress.left["collect"] -= run.collector.steps
+        for part in PARTS:
+            run.progress.left[part] -= run.updates[part]
+    else:
+        replay.file.truncate(0)
+        write_json(run_dir / "args.json", dataclasses.asdict(args))
+        shutil.copyfile(__file__, run_dir / Path(__file__).name)
+    run.logger = Logger(run_dir, offset, run.epoch)
+    return run
+
+
+def run_epochs(run: Run, begun: float) -> None:
+    """All epochs that are left, with their evaluations, logs and checkpoints."""
+    args = run.args
+    if run.epoch == 0:
+        measures, evaluation = evaluation_phase(run, args.eval_episodes, "play before training")
+        run.untrained = {"returns": evaluation.returns, **measures}
+        run.logger.log(0, {"eval/mean_return": np.mean(evaluation.returns), **flatten_measures(measures)})
+    while run.epoch < run.epochs or run.epoch == 0:
+        metrics = one_epoch(run)
+        run.epoch += 1
+        if evaluation_due(args, run.epoch - 1, run.epochs):
+            measures, evaluation = evaluation_phase(run, args.eval_episodes, f"epoch {run.epoch} evaluation")
+            metrics["eval/mean_return"] = np.mean(evaluation.returns)
+            metrics["eval/mean_length"] = np.mean(evaluation.lengths)
+            metrics.update(flatten_measures(measures))
+        run.logger.log(run.epoch, metrics)
+        print(epoch_line(run, metrics), flush=True)
+        if run.epoch % args.checkpoint_every == 0 or run.epoch == run.epochs:
+            save_checkpoint(run.run_dir, checkpoint_content(run, run.wall_seconds + time.monotonic() - begun))
+
+
+def one_epoch(run: Run) -> dict[str, float | None]:
+    """Collect, then make the updates of the three parts; returns the epoch's metrics."""
+    args, first, progress = run.args, run.epoch == 0, run.progress
+    title = f"epoch {run.epoch + 1}/{run.epochs}" if run.epochs else "epoch 1"
+    steps = args.first_steps_max if first else max(0, min(args.epoch_steps, args.total_steps - run.collector.steps))
+    progress.start(f"{title} collect", "collect", steps)
+    if first:
+        finished = collect_first(run.collector, run.agent, run.replay, args, run.device, progress)
+        run.epochs = make_plan(args, run.collector.steps).epochs
+    else:
+        finished = run.collector.collect(run.agent, run.replay, run.device, steps, progress)
+    metrics = {"charts/env_steps": run.collector.steps, "time/collect": progress.finish()}
+    metrics["charts/episodic_return"] = np.mean(finished) if finished else None
+    for name, part in run.parts.items():
+        count = getattr(args, f"first_{name}_updates" if first else f"{name}_updates")
+        progress.start(f"{title} {name}", name, count)
+        meter = Meter()
+        for _ in range(count):
+            meter.add(update(run.agent, part, part.sample(run.replay), run.updates[name], args, run.bf16))
+            run.updates[name] += 1
+            progress.advance()
+        metrics.update({f"{name}/{key}": value for key, value in meter.read().items()})
+        metrics[f"time/{name}"] = progress.finish()
+        metrics[f"charts/{name}_updates"] = run.updates[name]
+    return metrics
+
+
+def epoch_line(run: Run, metrics: dict[str, float | None]) -> str:
+    """What an epoch did, in one line for the screen."""
+    parts = [f"epoch {run.epoch}/{run.epochs}", f"{run.collector.steps:,} steps"]
+    for key, title in (
+        ("charts/episodic_return", "return"),
+        ("diffusion/loss", "diffusion loss"),
+        ("reward/loss", "reward loss"),
+        ("reward/recall", "recall"),
+        ("policy/entropy", "entropy"),
+        ("eval/mean_return", "evaluation"),
+        ("wm/open_loop_ratio_1", "open loop 1"),
+    ):
+        if metrics.get(key) is not None:
+            parts.append(f"{title} {metrics[key]:.3g}")
+    return ", ".join(parts) + f", {clock(run.progress.run_left())} left"
+
+
+def evaluation_phase(run: Run, episodes: int, title: str) -> tuple[dict, Evaluation]:
+    """Play, then measure the world model on that play."""
+    run.progress.start(title, "games", episodes)
+    # Seeds of evaluation games lie apart from those of training and of each other.
+    seed = 1_000_000_000 + (run.args.seed * 100_003 + run.epoch * 1_009 + episodes) % 1_000_000_000
+    evaluation = evaluate(run.agent, run.args, run.device, episodes, seed, run.progress)
+    measures = measure_world_model(run.agent, evaluation.heldout, run.args)
+    run.progress.finish()
+    return measures, evaluation
+
+
+def finish_run(run: Run, name: str, begun: float) -> dict:
+    """The final evaluation, the table of what was learned, and result.json, written last."""
+    args = run.args
+    measures, evaluation = evaluation_phase(run, args.final_episodes, "final evaluation")
+    mean = float(np.mean(evaluation.returns))
+    run.logger.log(run.epoch, {"final/mean_return": mean, **flatten_measures(measures)})
+    run.logger.flush()
+    result = {
+        "env_id": args.env_id,
+        "script": Path(__file__).stem,
+        "seed": args.seed,
+        "preset": args.preset,
+        "env_steps": run.collector.steps,
+        "updates": run.updates,
+        "returns": evaluation.returns,
+        "lengths": evaluation.lengths,
+        "mean_return": mean,
+        "std_return": float(np.std(evaluation.returns)),
+        "human_normalized_score": human_normalized(name, mean),
+        "returns_untrained": run.untrained["returns"],
+        "open_loop_ratio": measures["open_loop_ratio"],
+        "open_loop_ratio_untrained": run.untrained["open_loop_ratio"],
+        "reward_recall": measures["reward_recall"],
+        "measures": {key: value for key, value in measures.items() if key != "open_loop_ratio"},
+        "wall_seconds": run.wall_seconds + time.monotonic() - begun,
+        "peak_memory_bytes": peak_memory(run.device),
+        "device": torch.cuda.get_device_name(run.device)
+        if run.device.type == "cuda"
+        else platform.processor() or "cpu",
+        "precision": "bf16" if run.bf16 else "fp32",
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "args": dataclasses.asdict(args),
+    }
+    write_json(run.run_dir / "result.json", result)
+    print_result(result, run.run_dir)
+    return result
+
+
+def print_result(result: dict, run_dir: Path) -> None:
+    """The table at the end of a run: what was learned, measured on games that were not trained on."""
+    measures = result["measures"]
+
+    def show(value: float | None, percent: bool = False) -> str:
+        return "no data" if value is None else f"{value:.0%}" if percent else f"{value:.2f}"
+
+    print("\nwhat the world model learned, on games it was not trained on")
+    print("  error of imagined latents over the error of 'nothing changes' (below 1 is skill)")
+    print("    steps ahead      " + "".join(f"{k:>8}" for k in REPORTED_HORIZONS))
+    for title, key in (("before training", "open_loop_ratio_untrained"), ("now", "open_loop_ratio")):
+        values = result[key] or [None] * MAX_OPEN_LOOP
+        print(f"    {title:<17}" + "".join(f"{show(values[k - 1]):>8}" for k in REPORTED_HORIZONS))
+    recall, alarms = show(measures["reward_recall"], True), show(measures["reward_false_alarms"], True)
+    count = int(measures["rewarded_steps"])
+    print(f"  rewarded steps recognised: {recall} of {count}; false alarms on the others: {alarms}")
+    rank, saturation = measures["latent_effective_rank"], measures["latent_saturation"]
+    print(
+        f"  latents: standard deviation {measures['latent_std']:.2f}, effective rank {rank:.0f}, saturated {saturation:.1%}"
+    )
+    score = result["human_normalized_score"]
+    print(
+        f"return {result['mean_return']:.1f} +- {result['std_return']:.1f} over {len(result['returns'])} games "
+        f"(before training {np.mean(result['returns_untrained']):.1f}); human-normalised {show(score)}"
+    )
+    print(
+        f"{clock(result['wall_seconds'])} of time, {result['peak_memory_bytes'] / 2**30:.2f} GiB at most; {run_dir}/result.json"
+    )
+
+
+def eval_only(args: Args) -> dict:
+    """Play `--final-episodes` games with a run's checkpoint; writes eval_<time>.json beside it, touches nothing else."""
+    run_dir = Path(args.eval_only)
+    saved = load_args(run_dir)
+    check_args(args)
+    device = choose_device(args.device)
+    changes = {n: getattr(args, n) for n in ("seed", "final_episodes", "eval_envs", "temperature", "max_episode_steps")}
+    saved = dataclasses.replace(saved, compile=False, **changes)
+    env = make_env(saved)
+    agent = Agent(int(env.action_space.n), saved).to(device)
+    env.close()
+    checkpoint = load_checkpoint(run_dir, device)
+    agent.load_state_dict(checkpoint["agent"])
+    torch.manual_seed(args.seed)
+    progress = Progress({"games": args.final_episodes}, {})
+    progress.start("evaluation", "games", args.final_episodes)
+    evaluation = evaluate(agent, saved, device, args.final_episodes, 2_000_000_000 + args.seed % 10**8, progress)
+    progress.finish()
+    mean, std = float(np.mean(evaluation.returns)), float(np.std(evaluation.returns))
+    result = {
+        "env_id": saved.env_id,
+        "seed": args.seed,
+        "epoch": checkpoint["epoch"],
+        "returns": evaluation.returns,
+        "mean_return": mean,
+        "std_return": std,
+        "human_normalized_score": human_normalized(resolve_env_id(saved.env_id)[1], mean),
+    }
+    path = run_dir / f"eval_{time.strftime('%Y%m%d-%H%M%S')}.json"
+    write_json(path, result)
+    print(f"return {mean:.1f} +- {std:.1f} over {len(evaluation.returns)} games; {path}")
+    return result
+
+
+def dry_run(args: Args) -> None:
+    """Print the plan and its cost on this device. Writes nothing."""
+    check_args(args)
+    device = choose_device(args.device)
+    bf16 = choose_bf16(args.precision, device)
+    env = make_env(args)
+    agent = Agent(int(env.action_space.n), args)
+    env.close()
+    counts = parameter_counts(agent)
+    print_plan(args, make_plan(args, args.first_steps_min), counts, measure_costs(args, device, bf16), device, bf16)
+
+
+def parse_args(argv: list[str]) -> Args:
+    """Command line -> `Args`. Defaults come from the preset, or with --resume from the run that is carried on.
+
+    Raises `BadInput` with one line for whatever does not parse; --help prints and exits.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--preset", default="paper")
+    peek.add_argument("--run-dir", default="")
+    peek.add_argument("--resume", action="store_true")
+    try:
+        early, _ = peek.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise BadInput(str(error)) from None
+    if early.preset not in PRESETS:
+        raise BadInput(f"--preset is {early.preset!r}; it must be one of {', '.join(PRESETS)}")
+    default = Args(**PRESETS[early.preset] | {"preset": early.preset})
+    if early.resume and early.run_dir and (Path(early.run_dir) / "checkpoint.pt").is_file():
+        default = load_args(Path(early.run_dir))
+    shown = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+            return tyro.cli(Args, args=argv, default=default, prog=Path(__file__).name)
+    except SystemExit as stop:
+        if not stop.code:
+            print(shown.getvalue(), end="")
+            raise
+        # tyro draws a box around a message and its help; the lines up to the first rule are the message.
+        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │|") for line in shown.getvalue().splitlines()[1:]]
+        message = " ".join(lines[: next((i for i, line in enumerate(lines) if not line.strip("─-╰╯")), None)])
+        raise BadInput(message or "the arguments cannot be read") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        if args.eval_only:
+            eval_only(args)
+        elif args.dry_run:
+            dry_run(args)
+        else:
+            train(args)
+    except BadInput as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
