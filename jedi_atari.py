@@ -71,6 +71,7 @@ class Args:
     env_id: str = "Pong"  # game: Pong, ALE/Pong-v5, PongNoFrameskip-v4, or any registered RGB environment
     preset: str = "paper"  # set of defaults: paper (the papers' numbers) or tiny (minutes on 2 CPU cores)
     seed: int = 0  # seeds the networks, the draws and the game; same seed, same run on a CPU
+    threads: int = 0  # CPU threads of PyTorch; 0 leaves its default, all cores
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU where there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device has matrix units for it [C]
     compile: bool = dataclasses.field(default_factory=torch.cuda.is_available)  # torch.compile the losses; on with CUDA
@@ -105,7 +106,7 @@ class Args:
     reward_width: int = 32  # channels of the reward/termination model [D]
     reward_cond_dim: int = 128  # size of its action embedding [D]
     lstm_size: int = 512  # of both LSTMs [D]
-    latent_norm: Literal["none", "center"] = "none"  # none [P]; center: subtract a running mean, scale to sigma_data [C]
+    latent_norm: Literal["none", "center"] = "none"  # none [P]; center: less a running mean, scaled to sigma_data [C]
     # --- diffusion
     sigma_data: float = 0.5  # assumed standard deviation of latents; the real one is logged as latent/std [D, C]
     sigma_offset: float = 0.3  # scale of the noise shared by a whole channel [D]
@@ -149,21 +150,22 @@ PRESETS: dict[str, dict] = {
     "tiny": dict(
         checkpoint_every=1,
         max_episode_steps=1_500,
-        total_steps=2_600,
+        total_steps=2_300,
         first_steps_min=2_000,
         first_steps_max=2_000,
         first_diffusion_updates=300,
         first_reward_updates=300,
         first_policy_updates=20,
         epoch_steps=150,
-        diffusion_updates=75,
-        reward_updates=75,
+        diffusion_updates=60,
+        reward_updates=60,
         policy_updates=10,
         final_epochs=0,
         batch_size=16,
         encoder_width=16,
-        denoiser_width=64,
+        denoiser_width=48,
         cond_dim=128,
+        reward_width=16,
         reward_cond_dim=64,
         lstm_size=128,
         latent_norm="center",
@@ -172,7 +174,6 @@ PRESETS: dict[str, dict] = {
         warmup_updates=20,
         reward_window=4,
         horizon=8,
-        eval_every=2,
         eval_episodes=2,
         final_episodes=10,
         heldout_steps=1_500,
@@ -182,14 +183,18 @@ PRESETS: dict[str, dict] = {
 
 def check_args(args: Args) -> None:
     """Raise `BadInput` for a value that no run can use. Writes nothing."""
-    positive = """checkpoint_every frame_skip max_episode_steps total_steps first_steps_min first_steps_max epoch_steps
-        batch_size encoder_width denoiser_width cond_dim reward_width reward_cond_dim lstm_size sigma_data noise_std
-        noise_min noise_max context_frames target_frames sample_steps sample_sigma_max sample_sigma_min sample_rho
-        learning_rate encoder_lr_scale adam_eps clip_diffusion clip_other reward_window horizon eval_every
-        eval_episodes final_episodes eval_envs temperature heldout_steps""".split()
-    not_negative = """seed noop_max first_rewards first_diffusion_updates first_reward_updates first_policy_updates
-        diffusion_updates reward_updates policy_updates final_epochs sigma_offset s_churn weight_decay warmup_updates
-        entropy_weight""".split()
+    positive = (
+        "checkpoint_every frame_skip max_episode_steps total_steps first_steps_min first_steps_max "
+        "epoch_steps batch_size encoder_width denoiser_width cond_dim reward_width reward_cond_dim lstm_size "
+        "sigma_data noise_std noise_min noise_max context_frames target_frames sample_steps sample_sigma_max "
+        "sample_sigma_min sample_rho learning_rate encoder_lr_scale adam_eps clip_diffusion clip_other "
+        "reward_window horizon eval_every eval_episodes final_episodes eval_envs temperature heldout_steps"
+    ).split()
+    not_negative = (
+        "seed threads noop_max first_rewards first_diffusion_updates first_reward_updates "
+        "first_policy_updates diffusion_updates reward_updates policy_updates final_epochs sigma_offset "
+        "s_churn weight_decay warmup_updates entropy_weight"
+    ).split()
     shares = ["epsilon", "switch_prob", "gamma", "lambda_"]
     for names, fits, rule in (
         (positive, lambda v: v > 0, "above 0"),
@@ -201,8 +206,9 @@ def check_args(args: Args) -> None:
             if not (math.isfinite(value) and fits(value)):
                 raise BadInput(f"{flag(name)} is {value}; it must be a finite number {rule}")
     for name in ("encoder_width", "denoiser_width", "reward_width"):
-        if getattr(args, name) > 32 and getattr(args, name) % 32:
-            raise BadInput(f"{flag(name)} is {getattr(args, name)}; above 32 it must be a multiple of 32")
+        width = getattr(args, name)
+        if width % group_norm_groups(width):
+            raise BadInput(f"{flag(name)} is {width}; it must be a multiple of {group_norm_groups(width)}")
     if args.cond_dim % args.context_frames or args.cond_dim % 2:
         raise BadInput(f"--cond-dim {args.cond_dim} must be even and a multiple of --context-frames")
     for low, high in (
@@ -371,7 +377,7 @@ class ReplayBuffer:
         self.ends = torch.zeros(capacity, dtype=torch.bool, device=device)
         self.starts = torch.zeros(capacity, dtype=torch.int64, device=device)  # per episode: its first record
         self.lengths = torch.zeros(capacity, dtype=torch.int64, device=device)  # ... and how many records it has
-        self.file = open(path, "ab") if path else None  # noqa: SIM115 - open for the life of the buffer
+        self.file = open(path, "ab") if path else None  # open for the life of the buffer
 
     def add(self, frame: np.ndarray, action: int, reward: float, end: bool, last: np.ndarray | None = None) -> None:
         """One step. `end`: it terminated. `last`: the frame after it, given when the episode stops here (for any
@@ -1334,7 +1340,7 @@ class Logger:
     def __init__(self, run_dir: Path, offset: int, first_epoch: int):
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help
 
-        self.file = open(run_dir / "metrics.jsonl", "ab")  # noqa: SIM115 - open for the life of the run
+        self.file = open(run_dir / "metrics.jsonl", "ab")  # open for the life of the run
         self.file.truncate(offset)  # a resumed run writes the lines after its checkpoint again
         self.writer = SummaryWriter(str(run_dir), purge_step=first_epoch if first_epoch else None)
 
@@ -1573,6 +1579,12 @@ def update(agent: Agent, part: Part, batch: Windows, number: int, args: Args, bf
     return {**metrics, "grad_norm": norm.detach()}
 
 
+def set_threads(args: Args) -> None:
+    """Limit PyTorch's CPU threads, for several runs on one machine."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
 def choose_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:N` -> a device that is there. Raises `BadInput`."""
     if name == "auto":
@@ -1755,6 +1767,7 @@ def train(args: Args) -> dict:
     """
     begun = time.monotonic()
     check_args(args)
+    set_threads(args)
     device = choose_device(args.device)
     bf16 = choose_bf16(args.precision, device)
     _, name = resolve_env_id(args.env_id)
@@ -1931,24 +1944,23 @@ def print_result(result: dict, run_dir: Path) -> None:
     count = int(measures["rewarded_steps"])
     print(f"  rewarded steps recognised: {recall} of {count}; false alarms on the others: {alarms}")
     rank, saturation = measures["latent_effective_rank"], measures["latent_saturation"]
-    print(
-        f"  latents: standard deviation {measures['latent_std']:.2f}, effective rank {rank:.0f}, saturated {saturation:.1%}"
-    )
+    std = measures["latent_std"]
+    print(f"  latents: standard deviation {std:.2f}, effective rank {rank:.0f}, saturated {saturation:.1%}")
     score = result["human_normalized_score"]
     print(
         f"return {result['mean_return']:.1f} +- {result['std_return']:.1f} over {len(result['returns'])} games "
         f"(before training {np.mean(result['returns_untrained']):.1f}); human-normalised {show(score)}"
     )
-    print(
-        f"{clock(result['wall_seconds'])} of time, {result['peak_memory_bytes'] / 2**30:.2f} GiB at most; {run_dir}/result.json"
-    )
+    memory = result["peak_memory_bytes"] / 2**30
+    print(f"{clock(result['wall_seconds'])} of time, {memory:.2f} GiB at most; {run_dir}/result.json")
 
 
 def eval_only(args: Args) -> dict:
-    """Play `--final-episodes` games with a run's checkpoint; writes eval_<time>.json beside it, touches nothing else."""
+    """Play `--final-episodes` games with a run's checkpoint; writes eval_<time>.json beside it, nothing else."""
     run_dir = Path(args.eval_only)
     saved = load_args(run_dir)
     check_args(args)
+    set_threads(args)
     device = choose_device(args.device)
     changes = {n: getattr(args, n) for n in ("seed", "final_episodes", "eval_envs", "temperature", "max_episode_steps")}
     saved = dataclasses.replace(saved, compile=False, **changes)
@@ -1981,6 +1993,7 @@ def eval_only(args: Args) -> dict:
 def dry_run(args: Args) -> None:
     """Print the plan and its cost on this device. Writes nothing."""
     check_args(args)
+    set_threads(args)
     device = choose_device(args.device)
     bf16 = choose_bf16(args.precision, device)
     env = make_env(args)
