@@ -382,6 +382,7 @@ class ReplayBuffer:
     def add(self, frame: np.ndarray, action: int, reward: float, end: bool, last: np.ndarray | None = None) -> None:
         """One step. `end`: it terminated. `last`: the frame after it, given when the episode stops here (for any
         reason), since no later step will bring it."""
+        # DEVIATION 4: the last frame is a target of the denoiser too; DIAMOND keeps it for the reward model only.
         self._record(frame, action, reward, False, end)
         if last is not None:
             self._record(last, 0, 0.0, True, False)
@@ -482,6 +483,7 @@ class ReplayBuffer:
         A window that would begin before its episode is moved to begin with it, the padding going to its end: a
         recurrent network that starts there from zero sees what it would see if padding kept its state at zero.
         """
+        # DEVIATION 5: DIAMOND runs its LSTM over the padding, whose zeros change the state.
         episode = self._draw_episodes(batch_size)
         count = (self.lengths[episode] - 1).clamp(min=1)
         anchor = (torch.rand(batch_size, device=self.device) * count).long().minimum(count - 1)
@@ -844,7 +846,7 @@ def sample_next_latent(agent: Agent, context: Tensor, actions: Tensor, args: Arg
     """
     sigmas = karras_sigmas(args.sample_steps, args.sample_sigma_min, args.sample_sigma_max, args.sample_rho)
     gamma = min(args.s_churn / args.sample_steps, math.sqrt(2) - 1)
-    # As in DIAMOND's code the start is not multiplied by sigma_max: at 5 the two differ little after the first step.
+    # As in DIAMOND's code [D] the start has unit variance, where EDM's algorithm 2 multiplies it by sigma_max.
     z = torch.randn_like(context[:, -1])
     for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
         sigma_hat = sigma * (1 + gamma)
@@ -1600,6 +1602,7 @@ def choose_device(name: str) -> torch.device:
 
 def choose_bf16(precision: str, device: torch.device) -> bool:
     """Whether to compute in bf16. `auto`: where matrix units make it fast. Raises `BadInput`."""
+    # DEVIATION 6: bf16 where it is fast; DIAMOND computes in float32. Diffusion maths stays in float32 either way.
     if device.type == "cuda":
         supported = fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -2021,18 +2024,21 @@ def parse_args(argv: list[str]) -> Args:
     default = Args(**PRESETS[early.preset] | {"preset": early.preset})
     if early.resume and early.run_dir and (Path(early.run_dir) / "checkpoint.pt").is_file():
         default = load_args(Path(early.run_dir))
+    if {"-h", "--help"} & set(argv):
+        tyro.cli(Args, args=["--help"], default=default, prog=Path(__file__).name)  # prints and exits
     shown = io.StringIO()
     try:
         with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
             return tyro.cli(Args, args=argv, default=default, prog=Path(__file__).name)
-    except SystemExit as stop:
-        if not stop.code:
-            print(shown.getvalue(), end="")
-            raise
-        # tyro draws a box around a message and its help; the lines up to the first rule are the message.
-        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip(" │|") for line in shown.getvalue().splitlines()[1:]]
-        message = " ".join(lines[: next((i for i, line in enumerate(lines) if not line.strip("─-╰╯")), None)])
-        raise BadInput(message or "the arguments cannot be read") from None
+    except SystemExit:
+        raise BadInput(first_message(shown.getvalue())) from None
+
+
+def first_message(box: str) -> str:
+    """The message in one of tyro's boxes, as one line: it stands between the title and the help below it."""
+    lines = [line.strip(" │|╭╮╰╯") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]]
+    text = "\n".join("" if not line.strip("─-") else line for line in lines).strip("\n")
+    return " ".join(text.split("\n\n")[0].split()) or "the arguments cannot be read"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,89 @@
+"""Shared by all tests: the import path, one thread (so that results do not depend on the machine), tiny arguments."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jedi_atari as jedi  # noqa: E402
+
+# A whole run in seconds: every part of the program, far too small to learn.
+MICRO = dict(
+    preset="tiny",
+    threads=1,
+    checkpoint_every=1,
+    eval_every=2,
+    eval_episodes=1,
+    final_episodes=3,
+    eval_envs=2,
+    heldout_steps=60,
+    max_episode_steps=40,
+    total_steps=130,
+    first_steps_min=70,
+    first_steps_max=90,
+    first_diffusion_updates=3,
+    first_reward_updates=2,
+    first_policy_updates=1,
+    epoch_steps=20,
+    diffusion_updates=2,
+    reward_updates=1,
+    policy_updates=1,
+    final_epochs=1,
+    batch_size=3,
+    encoder_width=8,
+    denoiser_width=16,
+    cond_dim=32,
+    reward_width=8,
+    reward_cond_dim=16,
+    lstm_size=16,
+    reward_window=3,
+    horizon=3,
+    warmup_updates=2,
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def micro() -> jedi.Args:
+    """Arguments of a run that takes seconds."""
+    return jedi.Args(**MICRO)
+
+
+@pytest.fixture
+def agent(micro) -> jedi.Agent:
+    """A small agent whose zero-initialised layers are not zero, so that every path carries a signal."""
+    return random_agent(micro, num_actions=5)
+
+
+def random_agent(args: jedi.Args, num_actions: int, seed: int = 0) -> jedi.Agent:
+    torch.manual_seed(seed)
+    network = jedi.Agent(num_actions, args)
+    for parameter in network.parameters():
+        if not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+def random_windows(args: jedi.Args, length: int, batch: int = 4, num_actions: int = 5, seed: int = 1) -> jedi.Windows:
+    """Windows of noise, all real."""
+    g = torch.Generator().manual_seed(seed)
+    return jedi.Windows(
+        torch.randint(256, (batch, length, 64, 64, 3), generator=g, dtype=torch.uint8),
+        torch.randint(num_actions, (batch, length), generator=g),
+        torch.randint(-1, 2, (batch, length), generator=g).float(),
+        torch.rand((batch, length), generator=g) < 0.2,
+        torch.ones(batch, length, dtype=torch.bool),
+    )
+
+
+def replace(args: jedi.Args, **changes) -> jedi.Args:
+    return dataclasses.replace(args, **changes)

@@ -1,0 +1,171 @@
+"""The command line: help, dry run, and what is refused in one line before anything is written."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from conftest import MICRO
+
+import jedi_atari as jedi
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Run in an empty folder, so that anything written shows."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def run(argv: list[str], capsys) -> tuple[int, str, str]:
+    status = jedi.main(argv)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_help_names_every_argument_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        jedi.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code in (0, None)
+    for field in dataclasses.fields(jedi.Args):
+        assert jedi.flag(field.name) in text or jedi.flag(field.name).replace("--", "--no-", 1) in text
+    assert text.count("(default:") >= len(dataclasses.fields(jedi.Args))
+
+
+def test_help_shows_the_presets_numbers(capsys):
+    with pytest.raises(SystemExit):
+        jedi.main(["--preset", "tiny", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {jedi.PRESETS['tiny']['denoiser_width']})" in text
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(capsys, empty_folder):
+    flags = [x for name, value in MICRO.items() for x in (jedi.flag(name), str(value))]
+    status, out, err = run(["--dry-run", *flags], capsys)
+    assert status == 0 and err == "" and not list(empty_folder.iterdir())
+    for word in ("parameters", "encoder", "total", "epochs", "env steps", "diffusion updates", "replay", "whole run"):
+        assert word in out
+    plan = jedi.make_plan(jedi.Args(**MICRO), MICRO["first_steps_min"])
+    assert f"{plan.diffusion:,} x" in out and f"{130 * jedi.ReplayBuffer.RECORD.itemsize:,} bytes" in out
+
+
+BAD = [
+    ("--env-id Pnog", "did you mean Pong"),
+    ("--env-id ", "unknown game"),
+    ("--env-id CartPole-v1", "RGB frames"),
+    ("--preset huge", "paper, tiny"),
+    ("--preset", "expected one argument"),
+    ("--no-such-flag 3", "--no-such-flag"),
+    ("--seed x", "--seed"),
+    ("--seed -1", "--seed is -1"),
+    ("--seed 99999999999", "below 2147483648"),
+    ("--batch-size 0", "--batch-size is 0"),
+    ("--batch-size -4", "--batch-size is -4"),
+    ("--batch-size 2.5", "--batch-size"),
+    ("--learning-rate nan", "finite"),
+    ("--learning-rate inf", "finite"),
+    ("--learning-rate 0", "above 0"),
+    ("--gamma 1.5", "from 0 to 1"),
+    ("--lambda -0.1", "from 0 to 1"),
+    ("--epsilon 2", "from 0 to 1"),
+    ("--horizon 0", "--horizon is 0"),
+    ("--sample-steps 0", "--sample-steps is 0"),
+    ("--noise-min 30", "--noise-max"),
+    ("--sample-sigma-min 9", "--sample-sigma-max"),
+    ("--first-steps-min 20000", "--first-steps-max"),
+    ("--total-steps 100", "--total-steps"),
+    ("--denoiser-width 100", "multiple of 3"),
+    ("--cond-dim 33", "--cond-dim"),
+    ("--threads -1", "--threads"),
+    ("--device gpu", "auto, cpu, cuda"),
+    ("--device cuda:99", "CUDA devices"),
+    ("--precision fp16", "--precision"),
+    ("--latent-norm batch", "--latent-norm"),
+    ("--resume", "--run-dir"),
+    ("--resume --run-dir nowhere", "no checkpoint.pt"),
+    ("--eval-only nowhere", "no readable args.json"),
+    ("--run-dir /proc/nothing/run", "cannot write"),
+    ("stray", "stray"),
+]
+
+
+@pytest.mark.parametrize(("argv", "says"), BAD)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(argv, says, capsys, empty_folder):
+    status, out, err = run(["--preset", "tiny", *argv.split(" ")], capsys)
+    assert status == 2 and out == ""
+    assert err.count("\n") == 1 and err.startswith("jedi_atari.py: error: ") and says in err
+    assert not list(empty_folder.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_without_cuda(capsys, empty_folder):
+    status, _, err = run(["--device", "cuda"], capsys)
+    assert status == 2 and "--device cuda" in err and err.count("\n") == 1 and not list(empty_folder.iterdir())
+
+
+def test_bf16_where_it_is_not_supported(capsys, monkeypatch, empty_folder):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    status, _, err = run(["--device", "cpu", "--precision", "bf16"], capsys)
+    assert status == 2 and "--precision fp32" in err and err.count("\n") == 1 and not list(empty_folder.iterdir())
+    assert jedi.choose_bf16("auto", torch.device("cpu")) is False
+
+
+def make_run(folder, **changes):
+    folder.mkdir()
+    args = jedi.Args(**{**MICRO, **changes})
+    jedi.write_json(folder / "args.json", dataclasses.asdict(args))
+    torch.save({"epoch": 1}, folder / "checkpoint.pt")
+    return folder
+
+
+def test_a_folder_with_a_run_is_not_overwritten(capsys, empty_folder):
+    folder = make_run(empty_folder / "old")
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    status, _, err = run(["--preset", "tiny", "--run-dir", str(folder)], capsys)
+    assert status == 2 and "--resume" in err and {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_resume_with_other_arguments_names_them(capsys, empty_folder):
+    folder = make_run(empty_folder / "old", seed=3)
+    status, _, err = run(["--resume", "--run-dir", str(folder), "--seed", "4", "--gamma", "0.5"], capsys)
+    assert status == 2 and "--seed (was 3, now 4)" in err and "--gamma" in err and "--horizon" not in err
+
+
+def test_resume_takes_the_runs_own_arguments(empty_folder):
+    folder = make_run(empty_folder / "old", seed=3)
+    args = jedi.parse_args(["--resume", "--run-dir", str(folder)])
+    assert args.seed == 3 and args.horizon == MICRO["horizon"] and args.resume
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(100)])
+def test_a_broken_checkpoint_is_named(capsys, empty_folder, content):
+    folder = make_run(empty_folder / "old")
+    (folder / "checkpoint.prev.pt").write_bytes((folder / "checkpoint.pt").read_bytes())
+    (folder / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(jedi.BadInput, match=r"checkpoint\.pt cannot be read.*checkpoint\.prev\.pt"):
+        jedi.load_checkpoint(folder, torch.device("cpu"))
+
+
+class Code:
+    """Something that would run when unpickled."""
+
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(empty_folder):
+    folder = make_run(empty_folder / "old")
+    torch.save({"epoch": Code()}, folder / "checkpoint.pt")
+    with pytest.raises(jedi.BadInput, match="cannot be read"):
+        jedi.load_checkpoint(folder, torch.device("cpu"))
+    assert not (empty_folder / "executed").exists()
+
+
+def test_an_args_file_of_another_version(empty_folder):
+    folder = make_run(empty_folder / "old")
+    (folder / "args.json").write_text(json.dumps({"learning_rates": 3}))
+    with pytest.raises(jedi.BadInput, match="another version"):
+        jedi.load_args(folder)

@@ -1,0 +1,265 @@
+"""Preconditioning, noise, schedule, sampler, clamp, random switching and the flow of gradients."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_agent, random_windows, replace
+
+import jedi_atari as jedi
+
+
+def test_precondition_at_a_known_level():
+    # EDM table 1 at sigma = sigma_data, no offset: c_skip 1/2, c_out sigma_data / sqrt 2, c_in 1 / (sigma_data sqrt 2).
+    c = jedi.precondition(torch.tensor([0.5]), sigma_data=0.5, sigma_offset=0.0)
+    assert c.c_skip.item() == pytest.approx(0.5)
+    assert c.c_out.item() == pytest.approx(0.5 / math.sqrt(2))
+    assert c.c_in.item() == pytest.approx(1 / (0.5 * math.sqrt(2)))
+    assert c.c_noise.item() == pytest.approx(math.log(0.5) / 4)
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.1, 1.0, 20.0])
+def test_precondition_closed_form(sigma):
+    data, offset = 0.5, 0.3
+    total = sigma**2 + offset**2
+    c = jedi.precondition(torch.tensor([sigma], dtype=torch.float64), data, offset)
+    assert c.c_skip.item() == pytest.approx(data**2 / (total + data**2))
+    assert c.c_out.item() == pytest.approx(math.sqrt(total) * data / math.sqrt(total + data**2))
+    assert c.c_in.item() == pytest.approx(1 / math.sqrt(total + data**2))
+    assert c.c_noise.item() == pytest.approx(math.log(total) / 8)
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.3, 2.0])
+def test_input_and_target_of_the_network_have_unit_variance(sigma):
+    torch.manual_seed(0)
+    z = 0.5 * torch.randn(40_000, 4, 1, 1)
+    levels = torch.full((len(z),), sigma)
+    noisy = jedi.add_noise(z, levels, sigma_offset=0.3)
+    c = jedi.precondition(levels, 0.5, 0.3)
+    assert (c.c_in * noisy).var().item() == pytest.approx(1, rel=0.02)
+    assert ((z - c.c_skip * noisy) / c.c_out).var().item() == pytest.approx(1, rel=0.02)
+
+
+def test_offset_noise_is_shared_by_a_channel():
+    torch.manual_seed(0)
+    noise = jedi.add_noise(torch.zeros(2_000, 4, 8, 8), torch.zeros(2_000), sigma_offset=0.3)
+    assert torch.equal(noise, noise[..., :1, :1].expand_as(noise))
+    assert noise.std().item() == pytest.approx(0.3, rel=0.05)
+
+
+def test_training_noise_levels(micro):
+    torch.manual_seed(0)
+    sigma = jedi.sample_sigma(200_000, micro, torch.device("cpu"))
+    assert sigma.min() >= 0.002 and sigma.max() <= 20
+    inside = sigma[(sigma > 0.002) & (sigma < 20)].log()
+    assert inside.mean().item() == pytest.approx(-0.4, abs=0.02)
+    assert inside.std().item() == pytest.approx(1.2, abs=0.02)
+
+
+def test_karras_schedule():
+    sigmas = jedi.karras_sigmas(3, 0.002, 5.0, 7.0)
+    middle = ((5.0 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
+    assert sigmas == pytest.approx([5.0, middle, 0.002, 0.0])
+    assert jedi.karras_sigmas(1, 0.002, 5.0, 7.0) == [5.0, 0.0]
+    many = jedi.karras_sigmas(50, 0.002, 5.0, 7.0)
+    assert all(a > b for a, b in zip(many, many[1:], strict=False)) and len(many) == 51
+
+
+def gaussian_denoiser(mean: float, std: float):
+    """The ideal denoiser of Gaussian data, known in closed form."""
+
+    def denoise(agent, z, sigma, context, actions, args):
+        s = sigma[:, None, None, None] ** 2
+        return (std**2 * z + s * mean) / (std**2 + s)
+
+    return denoise
+
+
+def test_sampler_follows_the_exact_solution_for_gaussian_data(micro, monkeypatch):
+    mean, std = 0.7, 0.4
+    monkeypatch.setattr(jedi, "denoise", gaussian_denoiser(mean, std))
+    context = torch.zeros(64, 4, 16, 8, 8)
+    errors = []
+    for steps in (3, 10, 40, 160):
+        torch.manual_seed(0)
+        z = jedi.sample_next_latent(None, context, None, replace(micro, sample_steps=steps))
+        torch.manual_seed(0)
+        start = torch.randn_like(context[:, -1])
+        # The probability-flow ODE of Gaussian data shrinks the distance to the mean by this factor.
+        exact = mean + (start - mean) * std / math.sqrt(std**2 + micro.sample_sigma_max**2)
+        errors.append((z - exact).abs().mean().item())
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+    assert errors[3] < 0.01
+
+
+def test_churn_puts_noise_back(micro, monkeypatch):
+    # From one and the same start, samples without churn are equal; with it they spread, but not beyond the data.
+    monkeypatch.setattr(jedi, "denoise", gaussian_denoiser(0.0, 0.4))
+    context = torch.zeros(512, 1, 4, 4, 4)
+    spreads = []
+    for churn in (0.0, 1.0, 20.0):
+        torch.manual_seed(0)
+        z = jedi.sample_next_latent(None, context, None, replace(micro, sample_steps=20, s_churn=churn))
+        spreads.append(z.std().item())
+    assert spreads[0] < spreads[1] < spreads[2] < 0.45
+
+
+def test_sampler_with_a_perfect_denoiser_returns_the_target(micro, monkeypatch):
+    target = torch.randn(2, 16, 8, 8)
+    monkeypatch.setattr(jedi, "denoise", lambda *a: target)
+    z = jedi.sample_next_latent(None, torch.zeros(2, 4, 16, 8, 8), None, micro)
+    torch.testing.assert_close(z, target, atol=1e-5, rtol=1e-5)
+
+
+def test_clamp_is_bounded_and_almost_the_identity_near_zero(agent, micro):
+    z = torch.linspace(-50, 50, 1001)
+    assert jedi.clamp_latent(z).abs().max() <= 3
+    small = torch.linspace(-0.1, 0.1, 11)
+    torch.testing.assert_close(jedi.clamp_latent(small), small, atol=1e-4, rtol=1e-3)
+
+
+def test_every_denoised_estimate_is_clamped(micro):
+    args = replace(micro, latent_norm="none")
+    agent = random_agent(args, 5)
+    for p in agent.denoiser.conv_out.parameters():
+        p.data.mul_(100)
+    out = jedi.denoise(agent, torch.randn(2, 16, 8, 8), torch.ones(2), torch.randn(2, 4, 16, 8, 8),
+                       torch.zeros(2, 4, dtype=torch.long), args)  # fmt: skip
+    assert out.abs().max() <= 3 and out.abs().max() > 2.9
+
+
+def test_centred_latents_have_mean_zero_and_standard_deviation_sigma_data(micro):
+    norm = jedi.LatentNorm("center", 0.5)
+    torch.manual_seed(0)
+    background = torch.randn(16, 8, 8)
+    for _ in range(300):
+        norm.update(background + 0.05 * torch.randn(8, 6, 16, 8, 8), torch.ones(8, 6))
+    z = norm(background + 0.05 * torch.randn(500, 16, 8, 8))
+    assert z.mean().item() == pytest.approx(0, abs=0.02)
+    assert z.std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_centring_counts_real_frames_only():
+    plain, masked = jedi.LatentNorm("center", 0.5), jedi.LatentNorm("center", 0.5)
+    z = torch.randn(4, 6, 16, 8, 8)
+    mask = torch.ones(4, 6)
+    mask[:, :2] = 0
+    plain.update(z[:, 2:], mask[:, 2:])
+    masked.update(z, mask)
+    torch.testing.assert_close(plain.mean, masked.mean)
+    torch.testing.assert_close(plain.variance, masked.variance)
+
+
+def test_centred_clamp_is_the_encoders_range():
+    norm = jedi.LatentNorm("center", 0.5)
+    norm.update(0.3 + 0.1 * torch.randn(4, 6, 16, 8, 8), torch.ones(4, 6))
+    inside = norm(torch.empty(10, 16, 8, 8).uniform_(-2.99, 2.99))
+    assert torch.equal(norm.clamp(inside), inside)
+    torch.testing.assert_close(norm.clamp(torch.full((1, 16, 8, 8), 1e6)), norm(torch.full((1, 16, 8, 8), 3.0)))
+
+
+def encoder_gradient(loss: torch.Tensor, agent: jedi.Agent) -> float:
+    agent.zero_grad()
+    loss.backward()
+    return sum(p.grad.abs().sum().item() for p in agent.encoder.parameters() if p.grad is not None)
+
+
+def masked_frames(batch: jedi.Windows, keep: slice) -> jedi.Windows:
+    mask = torch.zeros_like(batch.mask)
+    mask[:, keep] = True
+    return batch._replace(mask=mask)
+
+
+@pytest.mark.parametrize("norm", ["none", "center"])
+def test_the_encoder_learns_through_the_context_and_not_through_the_target(micro, norm):
+    args = replace(micro, latent_norm=norm, target_frames=1)
+    agent = random_agent(args, 5)
+    batch = random_windows(args, args.context_frames + 1)
+    loss, _ = jedi.diffusion_loss(agent, batch, args)
+    assert encoder_gradient(loss, agent) > 0
+    # With all of the context padded (a zero latent) only the target is left: no gradient may come from there.
+    loss, _ = jedi.diffusion_loss(agent, masked_frames(batch, slice(-1, None)), args)
+    assert loss > 0 and encoder_gradient(loss, agent) == 0
+
+
+def test_the_encoder_gets_nothing_from_the_actor_critic(agent, micro):
+    loss, _ = jedi.actor_critic_loss(agent, random_windows(micro, micro.context_frames), micro)
+    assert encoder_gradient(loss, agent) == 0
+    for name in ("denoiser", "reward"):
+        assert all(p.grad is None or not p.grad.any() for p in getattr(agent, name).parameters())
+    assert any(p.grad.any() for p in agent.policy.parameters())
+
+
+def test_the_reward_loss_reaches_the_encoder(agent, micro):
+    batch = random_windows(micro, 8)
+    loss, _ = jedi.reward_termination_loss(agent, batch._replace(mask=batch.mask[:, 1:]), micro)
+    assert encoder_gradient(loss, agent) > 0
+
+
+def contexts_seen(agent, args, monkeypatch) -> list[torch.Tensor]:
+    """The newest context latent of the second target, over many batches, with the encoder's own beside it."""
+    seen, forward = [], agent.denoiser.forward
+    monkeypatch.setattr(
+        agent.denoiser, "forward", lambda x, c, context, a: (seen.append(context), forward(x, c, context, a))[1]
+    )
+    batch = random_windows(args, args.context_frames + 2)
+    own = agent.encode(batch.frames)[:, args.context_frames]
+    result = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        seen.clear()
+        jedi.diffusion_loss(agent, batch, args)
+        result.append((seen[1][:, -1], own))
+    return result
+
+
+@pytest.mark.parametrize(("probability", "low", "high"), [(0.0, 0, 0), (0.5, 8, 32), (1.0, 40, 40)])
+def test_random_switching_takes_both_branches(micro, monkeypatch, probability, low, high):
+    args = replace(micro, latent_norm="none", switch_prob=probability)
+    agent = random_agent(args, 5)
+    pairs = contexts_seen(agent, args, monkeypatch)
+    # Whole batches switch: the newest context is the encoder's latent for all rows or for none.
+    from_encoder = [torch.allclose(seen, own, atol=1e-5) for seen, own in pairs]
+    from_itself = [
+        not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(seen, own, strict=True)) for seen, own in pairs
+    ]
+    assert all(a != b for a, b in zip(from_encoder, from_itself, strict=True))
+    assert low <= sum(from_itself) <= high
+    assert all(seen.abs().max() <= 3 for seen, _ in pairs)
+
+
+def test_the_denoisers_own_output_carries_no_gradient(micro):
+    # Always switching, context and first target padded: the second target's loss sees only the denoiser's own output,
+    # and that is detached, so nothing of the encoder's is left.
+    args = replace(micro, latent_norm="none", switch_prob=1.0)
+    agent = random_agent(args, 5)
+    n = args.context_frames
+    batch = masked_frames(random_windows(args, n + 2), slice(n, None))
+    loss, _ = jedi.diffusion_loss(agent, batch, args)
+    assert encoder_gradient(loss, agent) == 0
+    loss, _ = jedi.diffusion_loss(agent, batch, replace(args, switch_prob=0.0))
+    assert encoder_gradient(loss, agent) > 0
+
+
+def test_padding_contributes_no_loss(agent, micro):
+    n = micro.context_frames
+    batch = random_windows(micro, n + 2)
+    batch.mask[0] = False
+    changed = batch.frames.clone()
+    changed[0] = 255 - changed[0]
+    losses = []
+    for frames in (batch.frames, changed):
+        torch.manual_seed(3)
+        losses.append(jedi.diffusion_loss(random_agent(micro, 5), batch._replace(frames=frames), micro)[0].item())
+    assert losses[0] == losses[1]
+
+
+def test_the_denoiser_can_learn_one_transition(micro):
+    args = replace(micro, learning_rate=3e-3, warmup_updates=1)
+    torch.manual_seed(0)
+    agent = jedi.Agent(5, args)
+    part = jedi.make_parts(agent, args, torch.device("cpu"))["diffusion"]
+    batch = random_windows(args, args.context_frames + 2, batch=1)
+    batch = jedi.Windows(*(field.repeat(8, *[1] * (field.dim() - 1)) for field in batch))
+    losses = [jedi.update(agent, part, batch, i, args, False)["loss"].item() for i in range(120)]
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])

@@ -1,0 +1,186 @@
+"""The environment against the bare emulator, and all 26 games."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import replace
+
+import jedi_atari as jedi
+
+# Size of the minimal action set, counted with ale-py 0.12.1.
+ACTIONS = dict(
+    Alien=18, Amidar=10, Assault=7, Asterix=9, BankHeist=18, BattleZone=18, Boxing=18, Breakout=4, ChopperCommand=18,
+    CrazyClimber=9, DemonAttack=6, Freeway=3, Frostbite=18, Gopher=8, Hero=18, Jamesbond=18, Kangaroo=18, Krull=18,
+    KungFuMaster=14, MsPacman=9, Pong=6, PrivateEye=18, Qbert=6, RoadRunner=18, Seaquest=18, UpNDown=6,
+)  # fmt: skip
+
+
+def bare(game: str) -> gym.Env:
+    return gym.make(
+        f"ALE/{game}-v5", frameskip=1, repeat_action_probability=0.0, full_action_space=False, disable_env_checker=True
+    )
+
+
+def area_resize(frame: np.ndarray, size: int = 64) -> np.ndarray:
+    """Average of the source area under each target pixel, with exact fractions: sums of overlaps, row by column."""
+
+    def overlaps(n):
+        edges = np.arange(size + 1) * n / size
+        cells = np.arange(n)
+        return np.clip(np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells), 0, None) * size / n
+
+    h, w, _ = frame.shape
+    return np.einsum("yh,hwc,xw->yxc", overlaps(h), frame.astype(float), overlaps(w))
+
+
+def reset_pair(game: str, args: jedi.Args, seed: int):
+    """Our environment and the bare emulator, both after the same no-ops."""
+    ours, emulator = jedi.make_env(replace(args, env_id=game)), bare(game)
+    first, _ = ours.reset(seed=seed)
+    frame, info = emulator.reset(seed=seed)
+    for _ in range(emulator.unwrapped.np_random.integers(1, args.noop_max + 1)):
+        frame, _, _, _, info = emulator.step(0)
+    return ours, emulator, first, frame, info
+
+
+@pytest.mark.parametrize("game", ["Breakout", "Seaquest"])
+def test_against_a_naive_frame_skip_on_a_recorded_action_sequence(game, micro):
+    args = replace(micro, max_episode_steps=10_000)
+    ours, emulator, first, frame, info = reset_pair(game, args, seed=3)
+    assert np.abs(first - area_resize(frame)).max() <= 1
+    lives, rng, ends, losses = info["lives"], np.random.default_rng(0), 0, 0
+    for _ in range(1_500):
+        action = int(rng.integers(ours.action_space.n))
+        got, reward, terminated, truncated, info = ours.step(action)
+        frames, total, over = [], 0.0, False
+        for _ in range(4):
+            frame, r, over, _, raw = emulator.step(action)
+            frames.append(frame)
+            total += r
+            if over:
+                break
+        pooled = np.maximum(frames[-1], frames[-2]) if len(frames) > 1 else frames[-1]
+        assert np.abs(got - area_resize(pooled)).max() <= 1
+        assert (reward, terminated, truncated) == (total, over, False)
+        assert info["life_loss"] == (raw["lives"] < lives)
+        losses, lives = losses + info["life_loss"], raw["lives"]
+        if over:
+            ends += 1
+            break
+    assert ends == 1 and losses >= 2
+
+
+def test_same_frames_as_gymnasiums_wrapper_until_the_game_ends(micro):
+    ours = jedi.make_env(replace(micro, env_id="Pong", max_episode_steps=10_000))
+    theirs = gym.wrappers.AtariPreprocessing(
+        bare("Pong"), noop_max=30, frame_skip=4, screen_size=64, grayscale_obs=False
+    )
+    a, _ = ours.reset(seed=5)
+    b, _ = theirs.reset(seed=5)
+    rng = np.random.default_rng(1)
+    assert np.array_equal(a, b)
+    for _ in range(300):
+        action = int(rng.integers(6))
+        a, reward, *_ = ours.step(action)
+        b, other, terminated, *_ = theirs.step(action)
+        assert not terminated and reward == other and np.array_equal(a, b)
+
+
+def test_a_lost_life_neither_ends_the_game_nor_resets_it(micro):
+    env = jedi.make_env(replace(micro, env_id="Breakout", max_episode_steps=10_000))
+    env.reset(seed=0)
+    rng, losses, lives = np.random.default_rng(0), 0, []
+    for _ in range(3_000):
+        _, _, terminated, truncated, info = env.step(int(rng.integers(4)))
+        losses += info["life_loss"]
+        lives.append(info["lives"])
+        if terminated:
+            break
+        assert not truncated
+    assert terminated and losses == 5 and sorted(lives, reverse=True) == lives
+
+
+def test_a_time_limit_truncates(micro):
+    env = jedi.make_env(replace(micro, max_episode_steps=7))
+    for _ in range(2):
+        env.reset()
+        flags = [env.step(0)[2:4] for _ in range(7)]
+        assert flags == [(False, False)] * 6 + [(False, True)]
+
+
+def test_only_the_first_reset_is_seeded_so_that_games_differ(micro):
+    def starts(seed):
+        env = jedi.make_env(replace(micro, env_id="Seaquest"))
+        return [env.reset(seed=seed if i == 0 else None)[0] for i in range(4)]
+
+    a, b, c = starts(1), starts(1), starts(2)
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not all(np.array_equal(x, y) for x, y in zip(a, c, strict=True))
+    assert not all(np.array_equal(a[0], x) for x in a[1:])
+
+
+@pytest.mark.parametrize("game", sorted(ACTIONS))
+def test_all_26_games_start_step_and_report_their_actions(game, micro):
+    env = jedi.make_env(replace(micro, env_id=game))
+    frame, info = env.reset(seed=0)
+    assert env.action_space.n == ACTIONS[game] and info["life_loss"] is False
+    for action in range(env.action_space.n):
+        frame, reward, terminated, truncated, info = env.step(action)
+        assert frame.shape == (64, 64, 3) and frame.dtype == np.uint8 and isinstance(reward, float)
+    assert frame.std() > 0 and env.observation_space.contains(frame)
+
+
+def test_reference_scores_cover_the_26_games():
+    assert set(jedi.REFERENCE_SCORES) == set(ACTIONS)
+    assert jedi.human_normalized("Pong", 14.6) == 1 and jedi.human_normalized("Pong", -20.7) == 0
+    assert jedi.human_normalized("Tetris", 3.0) is None
+
+
+@pytest.mark.parametrize("spelling", ["Pong", "ALE/Pong-v5", "PongNoFrameskip-v4", "Pong-v5"])
+def test_spellings_of_a_game(spelling):
+    assert jedi.resolve_env_id(spelling) == ("ALE/Pong-v5", "Pong")
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("Pnog", "Pong"), ("pong", "Pong"), ("MsPackman", "MsPacman")])
+def test_an_unknown_game_names_the_closest(typed, meant):
+    with pytest.raises(jedi.BadInput, match=meant):
+        jedi.resolve_env_id(typed)
+
+
+class Toy(gym.Env):
+    """An environment of one's own."""
+
+    def __init__(self, observation=None, action=None):
+        self.observation_space = observation or gym.spaces.Box(0, 255, (32, 48, 3), np.uint8)
+        self.action_space = action or gym.spaces.Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 1.0, False, False, {}
+
+
+def test_an_environment_of_ones_own(micro, monkeypatch):
+    monkeypatch.setitem(gym.registry, "Toy-v0", gym.envs.registration.EnvSpec("Toy-v0", entry_point=Toy))
+    env = jedi.make_env(replace(micro, env_id="Toy-v0"))
+    frame, info = env.reset(seed=0)
+    assert frame.shape == (64, 64, 3)
+    _, reward, *_, info = env.step(0)
+    assert reward == 1.0 and info["life_loss"] is False  # one step is one step: no frame skip
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "says"),
+    [
+        (gym.spaces.Box(0, 255, (64, 64, 1), np.uint8), None, "RGB frames"),
+        (gym.spaces.Box(-1, 1, (4,), np.float32), None, "RGB frames"),
+        (None, gym.spaces.Box(-1, 1, (2,), np.float32), "Discrete"),
+    ],
+)
+def test_unsupported_environments_are_refused(micro, monkeypatch, observation, action, says):
+    spec = gym.envs.registration.EnvSpec("Toy-v0", entry_point=lambda: Toy(observation, action))
+    monkeypatch.setitem(gym.registry, "Toy-v0", spec)
+    with pytest.raises(jedi.BadInput, match=says):
+        jedi.make_env(replace(micro, env_id="Toy-v0"))
