@@ -75,6 +75,7 @@ BAD = [
     ("--noise-min 30", "--noise-max"),
     ("--sample-sigma-min 9", "--sample-sigma-max"),
     ("--first-steps-min 20000", "--first-steps-max"),
+    ("--first-steps-min 1", "at least 2"),
     ("--total-steps 100", "--total-steps"),
     ("--denoiser-width 100", "multiple of 3"),
     ("--cond-dim 33", "--cond-dim"),

@@ -18,9 +18,9 @@ def test_parameter_counts_of_the_papers_sizes():
     assert counts == {
         "encoder": 34_048,
         "denoiser": 4_334_192,
-        "reward": 5_882_400,
+        "reward": 5_882_405,
         "policy": 3_159_571,
-        "total": 13_410_211,
+        "total": 13_410_216,
     }
 
 

@@ -3,7 +3,6 @@
 import collections
 import json
 import math
-import re
 import subprocess
 import sys
 
@@ -14,9 +13,10 @@ from conftest import MICRO, ROOT, replace
 
 import jedi_atari as jedi
 
-RESULT_KEYS = """env_id script seed preset env_steps returns mean_return std_return human_normalized_score open_loop_ratio
-    open_loop_ratio_untrained reward_recall wall_seconds peak_memory_bytes device versions git_commit args""".split()  # noqa: SIM905
-TIMED = re.compile(r'"(time/\w+)": [\d.e-]+')
+RESULT_KEYS = (
+    "env_id script seed preset env_steps returns mean_return std_return human_normalized_score open_loop_ratio "
+    "open_loop_ratio_untrained reward_recall wall_seconds peak_memory_bytes device versions git_commit args"
+).split()
 
 
 def metrics_of(run_dir) -> list[dict]:
