@@ -45,6 +45,11 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+try:
+    import fcntl  # locks a run folder
+except ImportError:  # Windows has none
+    fcntl = None
+
 IMAGE_SIZE = 64  # pixels; frames are 64 x 64 RGB [P, D]
 LATENT_SHAPE = (16, 8, 8)  # channels, height, width [P]
 LATENT_BOUND = 3.0  # the clamp C(z) = 3 tanh(z / 3) keeps every latent value in (-3, 3) [P]
@@ -55,6 +60,10 @@ MAX_OPEN_LOOP = 15  # imagined steps over which the open-loop error is measured,
 
 class BadInput(ValueError):
     """Something the user gave is wrong; the message is one line that says what would be right."""
+
+
+class RunFailed(RuntimeError):
+    """A run cannot go on; the message is one line that says why and what is left of it."""
 
 
 # ======================================================================================================================
@@ -130,6 +139,7 @@ class Args:
     warmup_updates: int = 100  # linear learning-rate warm-up of each optimiser [D]
     clip_diffusion: float = 1.0  # largest gradient norm of the diffusion update [D]
     clip_other: float = 100.0  # ... of the other two [D]
+    reward_noise: float = 0.0  # latents shown to the reward model in training get noise of a random level up to this [C]
     reward_window: int = 15  # transitions after the context in a reward/termination window [D]
     horizon: int = 15  # imagined steps per policy update [P, D]
     gamma: float = 0.985  # discount [D]
@@ -149,16 +159,16 @@ PRESETS: dict[str, dict] = {
     "paper": {},
     "tiny": dict(
         checkpoint_every=1,
-        max_episode_steps=1_500,
-        total_steps=3_300,
-        first_steps_min=3_000,
-        first_steps_max=3_000,
-        first_diffusion_updates=400,
-        first_reward_updates=400,
+        max_episode_steps=1_200,
+        total_steps=4_300,
+        first_steps_min=4_000,
+        first_steps_max=4_000,
+        first_diffusion_updates=350,
+        first_reward_updates=300,
         first_policy_updates=20,
         epoch_steps=150,
-        diffusion_updates=50,
-        reward_updates=50,
+        diffusion_updates=40,
+        reward_updates=40,
         policy_updates=10,
         final_epochs=0,
         batch_size=16,
@@ -169,14 +179,16 @@ PRESETS: dict[str, dict] = {
         reward_cond_dim=64,
         lstm_size=128,
         latent_norm="center",
+        reward_noise=0.3,
         learning_rate=1e-3,
-        encoder_lr_scale=0.05,
+        encoder_lr_scale=0.02,
         warmup_updates=20,
         reward_window=4,
         horizon=8,
+        eval_envs=8,
         eval_episodes=2,
-        final_episodes=10,
-        heldout_steps=1_500,
+        final_episodes=8,
+        heldout_steps=1_600,
     ),
 }
 
@@ -193,7 +205,7 @@ def check_args(args: Args) -> None:
     not_negative = (
         "seed threads noop_max first_rewards first_diffusion_updates first_reward_updates "
         "first_policy_updates diffusion_updates reward_updates policy_updates final_epochs sigma_offset "
-        "s_churn weight_decay warmup_updates entropy_weight"
+        "s_churn reward_noise weight_decay warmup_updates entropy_weight"
     ).split()
     shares = ["epsilon", "switch_prob", "gamma", "lambda_"]
     for names, fits, rule in (
@@ -405,6 +417,13 @@ class ReplayBuffer:
                 self.file.flush()
             self._upload(records)
             self.pending.clear()
+
+    def sync(self) -> int:
+        """Bring the file to disk, before a checkpoint counts on it; returns how many records it holds."""
+        self.flush()
+        if self.file:
+            os.fsync(self.file.fileno())
+        return self.size
 
     def _upload(self, records: np.ndarray) -> None:
         n, new = len(records), self.size + len(records)
@@ -910,6 +929,10 @@ def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[T
     batch: windows from `sample_transitions`: T + 1 frames, mask (B, T) of real transitions.
     """
     z = agent.encode(batch.frames)
+    if args.reward_noise > 0:
+        # DEVIATION 8: a model that has only seen true latents does not know the rewards of imagined ones.
+        level = args.reward_noise * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
+        z = z + level * torch.randn_like(z)
     reward_logits, end_logits = agent.reward(z, batch.actions[:, :-1])
     sign = batch.rewards[:, :-1].sign().long()
     reward_error = F.cross_entropy(reward_logits.flatten(0, 1), sign.flatten() + 1, reduction="none")
@@ -1441,11 +1464,12 @@ def rng_state(device: torch.device) -> dict:
 
 def save_checkpoint(run_dir: Path, content: dict) -> None:
     """Write checkpoint.pt under another name, bring it to disk, rename; the one before stays as checkpoint.prev.pt."""
-    path = run_dir / "checkpoint.pt"
-    write_atomically(run_dir / "checkpoint.new.pt", lambda file: torch.save(content, file))
-    if path.exists():
-        os.replace(path, run_dir / "checkpoint.prev.pt")
-    os.replace(run_dir / "checkpoint.new.pt", path)
+    path, previous, new = (run_dir / f"checkpoint{name}.pt" for name in ("", ".prev", ".new"))
+    write_atomically(new, lambda file: torch.save(content, file))
+    if path.exists():  # a second name, not a move: at no moment is there no checkpoint.pt
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
+    os.replace(new, path)
 
 
 def load_checkpoint(run_dir: Path, device: torch.device) -> dict:
@@ -1485,8 +1509,11 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 
-def prepare_run_dir(args: Args, name: str) -> Path:
-    """Make the run folder, or check the one to resume. Raises `BadInput` rather than touch another run's files."""
+def prepare_run_dir(args: Args, name: str) -> tuple[Path, io.BufferedWriter]:
+    """Make the run folder, or check the one to resume; the open file locks it against a second process.
+
+    Raises `BadInput` rather than touch another run's files.
+    """
     script = Path(__file__).stem
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run_dir = Path(args.run_dir or f"runs/{name}__{script}__{args.seed}__{stamp}")
@@ -1503,12 +1530,17 @@ def prepare_run_dir(args: Args, name: str) -> Path:
         raise BadInput(f"{run_dir} already holds a run; carry it on with --resume, or choose another --run-dir")
     try:
         (run_dir / "dreams").mkdir(parents=True, exist_ok=True)
-        with open(run_dir / ".writable", "wb"):
-            pass
-        (run_dir / ".writable").unlink()
+        lock = open(run_dir / ".lock", "wb")
     except OSError as error:
         raise BadInput(f"cannot write to the run folder {run_dir}: {error.strerror}") from None
-    return run_dir
+    if fcntl:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(
+                f"another process is at work in the run folder {run_dir}; choose another --run-dir"
+            ) from None
+    return run_dir, lock
 
 
 # ======================================================================================================================
@@ -1747,7 +1779,7 @@ def checkpoint_content(run: Run, seconds: float) -> dict:
         "untrained": json.dumps(run.untrained),
         "collector": collector_state(run.collector),
         "rng": rng_state(run.device),
-        "replay_size": run.replay.size,
+        "replay_size": run.replay.sync(),
         "metrics_bytes": run.logger.flush(),
         "wall_seconds": seconds,
     }
@@ -1782,10 +1814,11 @@ def train(args: Args) -> dict:
     bf16 = choose_bf16(args.precision, device)
     _, name = resolve_env_id(args.env_id)
     make_env(args).close()
-    run_dir = prepare_run_dir(args, name)
-    run = start_run(args, run_dir, device, bf16)
-    run_epochs(run, begun)
-    return finish_run(run, name, begun)
+    run_dir, lock = prepare_run_dir(args, name)
+    with lock:
+        run = start_run(args, run_dir, device, bf16)
+        run_epochs(run, begun)
+        return finish_run(run, name, begun)
 
 
 def start_run(args: Args, run_dir: Path, device: torch.device, bf16: bool) -> Run:
@@ -1864,7 +1897,14 @@ def one_epoch(run: Run) -> dict[str, float | None]:
             meter.add(update(run.agent, part, part.sample(run.replay), run.updates[name], args, run.bf16))
             run.updates[name] += 1
             progress.advance()
-        metrics.update({f"{name}/{key}": value for key, value in meter.read().items()})
+        means = meter.read()
+        metrics.update({f"{name}/{key}": value for key, value in means.items()})
+        if not all(math.isfinite(value) for value in means.values()):
+            begun = run.updates[name] - count + 1
+            raise RunFailed(
+                f"the {name} update is not finite, somewhere in its updates {begun} to {run.updates[name]} "
+                f"(epoch {run.epoch + 1}); the checkpoint of an earlier epoch in {run.run_dir} is as it was"
+            )
         metrics[f"time/{name}"] = progress.finish()
         metrics[f"charts/{name}_updates"] = run.updates[name]
     return metrics
@@ -2061,6 +2101,14 @@ def main(argv: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         return 2
+    except (RunFailed, OSError) as error:  # OSError: a full disk, a folder that is gone
+        print(f"{Path(__file__).name}: stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"{Path(__file__).name}: interrupted; --resume --run-dir goes on from the last checkpoint", file=sys.stderr
+        )
+        return 130  # 128 + SIGINT, as shells have it
     return 0
 
 

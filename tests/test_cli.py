@@ -170,3 +170,11 @@ def test_an_args_file_of_another_version(empty_folder):
     (folder / "args.json").write_text(json.dumps({"learning_rates": 3}))
     with pytest.raises(jedi.BadInput, match="another version"):
         jedi.load_args(folder)
+
+
+def test_two_processes_on_one_folder(capsys, empty_folder):
+    args = jedi.Args(**{**MICRO, "run_dir": str(empty_folder / "r")})
+    run_dir, lock = jedi.prepare_run_dir(args, "Pong")
+    with lock, pytest.raises(jedi.BadInput, match="another process"):
+        jedi.prepare_run_dir(args, "Pong")
+    jedi.prepare_run_dir(args, "Pong")[1].close()

@@ -182,6 +182,22 @@ def test_the_command_line_end_to_end(tmp_path):
     assert len(json.loads((run_dir / new.pop()).read_text())["returns"]) == 2
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
+    quiet_costs(monkeypatch)
+    loss = jedi.reward_termination_loss
+
+    def broken(agent, batch, args):
+        value, metrics = loss(agent, batch, args)
+        return value * float("nan"), metrics
+
+    monkeypatch.setattr(jedi, "reward_termination_loss", broken)
+    flags = command_line(MICRO)
+    assert jedi.main([*flags, "--run-dir", str(tmp_path / "r")]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "the reward update is not finite" in err
+    assert not (tmp_path / "r" / "checkpoint.pt").exists() and not (tmp_path / "r" / "result.json").exists()
+
+
 def test_imagined_and_recorded_play_are_aligned(counted):
     """With a world model that is right, every measure of it is perfect: no step is one off."""
     run_dir, args, _, _ = counted
