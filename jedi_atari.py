@@ -139,11 +139,11 @@ class Args:
     warmup_updates: int = 100  # linear learning-rate warm-up of each optimiser [D]
     clip_diffusion: float = 1.0  # largest gradient norm of the diffusion update [D]
     clip_other: float = 100.0  # ... of the other two [D]
-    reward_noise: float = 0.0  # latents shown to the reward model in training get noise of a random level up to this [C]
+    reward_noise: float = 0.0  # noise of a random level up to this on the reward model's inputs in training [C]
     reward_window: int = 15  # transitions after the context in a reward/termination window [D]
     horizon: int = 15  # imagined steps per policy update [P, D]
     gamma: float = 0.985  # discount [D]
-    lambda_: float = 0.95  # of the lambda-returns [D]
+    td_lambda: float = 0.95  # lambda of the lambda-returns [D]
     entropy_weight: float = 0.001  # weight of the entropy bonus [D]
     # --- evaluation
     eval_every: int = 10  # epochs between evaluations [D]
@@ -207,7 +207,7 @@ def check_args(args: Args) -> None:
         "first_policy_updates diffusion_updates reward_updates policy_updates final_epochs sigma_offset "
         "s_churn reward_noise weight_decay warmup_updates entropy_weight"
     ).split()
-    shares = ["epsilon", "switch_prob", "gamma", "lambda_"]
+    shares = ["epsilon", "switch_prob", "gamma", "td_lambda"]
     for names, fits, rule in (
         (positive, lambda v: v > 0, "above 0"),
         (not_negative, lambda v: v >= 0, "0 or more"),
@@ -240,8 +240,8 @@ def check_args(args: Args) -> None:
 
 
 def flag(name: str) -> str:
-    """The command-line flag of a field of `Args`: `lambda_` -> `--lambda`."""
-    return "--" + name.strip("_").replace("_", "-")
+    """The command-line flag of a field of `Args`: `batch_size` -> `--batch-size`."""
+    return "--" + name.replace("_", "-")
 
 
 # ======================================================================================================================
@@ -514,11 +514,20 @@ class ReplayBuffer:
         windows = self._cut(episode, start, length + 1, start, self.lengths[episode].minimum(stop + 1))
         return windows._replace(mask=windows.mask[:, 1:])
 
-    def all_windows(self, length: int, stride: int) -> Windows:
-        """Every window of `length` records that lies wholly in an episode, one each `stride` steps: no chance in it."""
+    def all_windows(self, length: int, stride: int, count: int | None = None, rewarded: bool = False) -> Windows:
+        """Windows of `length` records that lie wholly in an episode, one each `stride` steps: no chance in it.
+
+        `rewarded`: only those whose last transition has a reward. `count`: at most so many, evenly spread.
+        """
         lengths = self.lengths[: self.num_episodes].tolist()
         pairs = [(e, s) for e, n in enumerate(lengths) for s in range(0, n - length + 1, stride)]
         episode, start = torch.tensor(pairs, dtype=torch.int64, device=self.device).reshape(-1, 2).unbind(1)
+        if rewarded:
+            keep = self.rewards[self.starts[episode] + start + length - 2] != 0
+            episode, start = episode[keep], start[keep]
+        if count is not None and len(start) > count:
+            index = torch.linspace(0, len(start) - 1, count, device=self.device).long()
+            episode, start = episode[index], start[index]
         return self._cut(episode, start, length, start, start + length)
 
 
@@ -1030,7 +1039,7 @@ def actor_critic_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor,
     dream = imagine(agent, batch, args)
     logits, values, _ = agent.policy(dream.z, dream.policy_state)
     # The returns are targets and the advantage is a weight: neither passes a gradient on to the value.
-    returns = lambda_returns(dream.rewards, dream.ends, values.detach(), args.gamma, args.lambda_)
+    returns = lambda_returns(dream.rewards, dream.ends, values.detach(), args.gamma, args.td_lambda)
     log_probs = F.log_softmax(logits[:, :-1], dim=-1)
     taken = log_probs.gather(-1, dream.actions[..., None]).squeeze(-1)
     entropy = masked_mean(-(log_probs.exp() * log_probs).sum(-1), dream.alive)
@@ -1201,7 +1210,7 @@ def latent_health(agent: Agent, heldout: ReplayBuffer, count: int = 512) -> dict
 def open_loop_error(agent: Agent, heldout: ReplayBuffer, args: Args, count: int = 64) -> dict:
     """Open-loop error after 1 to 15 imagined steps over that of the copy baseline, on `count` windows."""
     n = args.context_frames
-    windows = spread(heldout.all_windows(n + MAX_OPEN_LOOP, stride=1), count)
+    windows = heldout.all_windows(n + MAX_OPEN_LOOP, stride=1, count=count)
     if not len(windows.frames):
         return {"open_loop_ratio": None}
     z = agent.encode(windows.frames)
@@ -1209,13 +1218,6 @@ def open_loop_error(agent: Agent, heldout: ReplayBuffer, args: Args, count: int 
     error = (imagined - z[:, n:]).square().mean((0, 2, 3, 4))
     copy = (z[:, n - 1 : n] - z[:, n:]).square().mean((0, 2, 3, 4))
     return {"open_loop_ratio": (error / copy.clamp(min=1e-12)).tolist()}
-
-
-def spread(windows: Windows, count: int) -> Windows:
-    """At most `count` windows, evenly spread."""
-    total = len(windows.frames)
-    index = torch.linspace(0, max(total - 1, 0), min(count, total)).long().to(windows.frames.device)
-    return Windows(*(field[index] for field in windows))
 
 
 def reward_skill(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict[str, float | None]:
@@ -1247,8 +1249,7 @@ def reward_skill(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict[str, f
 def reward_in_imagination(agent: Agent, heldout: ReplayBuffer, args: Args, count: int = 64) -> dict[str, float | None]:
     """Probability of the true reward when R_psi sees true latents, and latents imagined 1, 3 and 5 steps ahead."""
     ahead, n = (0, 1, 3, 5), args.context_frames
-    windows = heldout.all_windows(n + max(ahead), stride=1)
-    windows = spread(Windows(*(field[windows.rewards[:, -2] != 0] for field in windows)), count)
+    windows = heldout.all_windows(n + max(ahead), stride=1, count=count, rewarded=True)
     if not len(windows.frames):
         return {f"reward_prob_{k}": None for k in ahead}
     z, result = agent.encode(windows.frames), {}

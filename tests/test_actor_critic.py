@@ -98,7 +98,7 @@ def test_masked_imagination_equals_a_loop_that_stops(micro, without_chance):
             start = start._replace(actions=start.actions * start.mask)
             dream = jedi.imagine(agent, start, args)
             _, values, _ = agent.policy(dream.z, dream.policy_state)
-            returns = jedi.lambda_returns(dream.rewards, dream.ends, values, args.gamma, args.lambda_)
+            returns = jedi.lambda_returns(dream.rewards, dream.ends, values, args.gamma, args.td_lambda)
             for row in range(5):
                 rewards, ends, naive_values, actions = dream_alone(agent, start, row, args)
                 steps = len(rewards)
@@ -106,7 +106,7 @@ def test_masked_imagination_equals_a_loop_that_stops(micro, without_chance):
                 assert dream.alive[row].tolist() == [True] * steps + [False] * (args.horizon - steps)
                 assert dream.actions[row, :steps].tolist() == actions
                 assert dream.rewards[row, :steps].tolist() == rewards
-                expected = naive_returns(rewards, ends, naive_values, args.gamma, args.lambda_)
+                expected = naive_returns(rewards, ends, naive_values, args.gamma, args.td_lambda)
                 assert returns[row, :steps].tolist() == pytest.approx(expected, abs=1e-4)
     assert min(lengths) < args.horizon and max(lengths) > 1  # the test saw trajectories that end and that go on
 

@@ -68,7 +68,7 @@ BAD = [
     ("--learning-rate inf", "finite"),
     ("--learning-rate 0", "above 0"),
     ("--gamma 1.5", "from 0 to 1"),
-    ("--lambda -0.1", "from 0 to 1"),
+    ("--td-lambda -0.1", "from 0 to 1"),
     ("--epsilon 2", "from 0 to 1"),
     ("--horizon 0", "--horizon is 0"),
     ("--sample-steps 0", "--sample-steps is 0"),

@@ -198,3 +198,25 @@ def test_deterministic_parts_of_the_plan():
         epochs=1 + 950 + 50, steps=100_000, diffusion=10_000 + 1_000 * 400, reward=10_000 + 1_000 * 400,
         policy=5_000 + 1_000 * 400, games=4 * (1 + 100) + 100,
     )  # fmt: skip
+
+
+def test_bf16_and_fp32_agree(agent, micro):
+    from conftest import random_windows
+
+    batches = {
+        "diffusion": random_windows(micro, micro.context_frames + 2),
+        "reward": short(random_windows(micro, 8)),
+        "policy": random_windows(micro, micro.context_frames),
+    }
+    for name, part in jedi.make_parts(agent, micro, torch.device("cpu")).items():
+        results = []
+        for bf16 in (False, True):
+            torch.manual_seed(1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss, _ = part.loss(agent, batches[name], micro)
+            agent.zero_grad()
+            loss.backward()
+            results.append((loss.item(), torch.cat([p.grad.flatten() for p in part.parameters])))
+        (loss, gradient), (loss16, gradient16) = results
+        assert loss16 == pytest.approx(loss, rel=0.02), name
+        assert (gradient16 - gradient).norm() < 0.2 * gradient.norm(), name

@@ -135,6 +135,10 @@ def test_all_windows_are_all_there_are():
     windows = buffer.all_windows(9, stride=1)
     assert windows.mask.all() and len(windows.frames) == sum(max(0, n + 1 - 9 + 1) for n in LENGTHS)
     assert not len(buffer.all_windows(100, stride=1).frames)
+    assert len(buffer.all_windows(9, stride=1, count=5).frames) == 5
+    rewarded = buffer.all_windows(4, stride=1, rewarded=True)
+    assert (rewarded.rewards[:, -2] != 0).all()
+    assert len(rewarded.frames) == (buffer.all_windows(4, stride=1).rewards[:, -2] != 0).sum()
 
 
 def arrays(buffer: jedi.ReplayBuffer) -> list[torch.Tensor]:
