@@ -30,7 +30,7 @@ def area_resize(frame: np.ndarray, size: int = 64) -> np.ndarray:
         return np.clip(np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells), 0, None) * size / n
 
     h, w, _ = frame.shape
-    return np.einsum("yh,hwc,xw->yxc", overlaps(h), frame.astype(float), overlaps(w))
+    return np.einsum("yh,hwc,xw->yxc", overlaps(h), frame.astype(float), overlaps(w), optimize=True)
 
 
 def reset_pair(game: str, args: jedi.Args, seed: int):
