@@ -1523,6 +1523,10 @@ def prepare_run_dir(args: Args, name: str) -> tuple[Path, io.BufferedWriter]:
     if args.resume:
         if not (run_dir / "checkpoint.pt").is_file():
             raise BadInput(f"--resume: {run_dir} holds no checkpoint.pt; drop --resume to start a new run there")
+        if (run_dir / "result.json").exists():
+            raise BadInput(
+                f"--resume: {run_dir} is finished, it has a result.json; --eval-only plays more games with it"
+            )
         saved = load_args(run_dir)
         names = [f.name for f in dataclasses.fields(Args) if f.name not in MAY_CHANGE_ON_RESUME]
         differ = [n for n in names if getattr(saved, n) != getattr(args, n)]

@@ -135,6 +135,13 @@ def test_resume_with_other_arguments_names_them(capsys, empty_folder):
     assert status == 2 and "--seed (was 3, now 4)" in err and "--gamma" in err and "--horizon" not in err
 
 
+def test_resume_of_a_finished_run_leaves_its_result(capsys, empty_folder):
+    folder = make_run(empty_folder / "old")
+    (folder / "result.json").write_text("{}")
+    status, _, err = run(["--resume", "--run-dir", str(folder)], capsys)
+    assert status == 2 and "is finished" in err and (folder / "result.json").read_text() == "{}"
+
+
 def test_resume_takes_the_runs_own_arguments(empty_folder):
     folder = make_run(empty_folder / "old", seed=3)
     args = jedi.parse_args(["--resume", "--run-dir", str(folder)])
