@@ -1071,6 +1071,13 @@ def act(agent: Agent, frames: list[np.ndarray], state: tuple | None, temperature
     return sample_categorical(logits[:, 0] / temperature).tolist(), state
 
 
+def replay_end(terminated: bool, truncated: bool, info: dict) -> tuple[bool, bool]:
+    """Whether a step is a termination, and whether an episode stops there, as the replay sees it: a lost life is both;
+    a time limit stops an episode but is no termination: bootstrap there [D]."""
+    end = terminated or info["life_loss"]
+    return end, end or truncated
+
+
 class Collector:
     """The training environment and what its play carries from one epoch to the next."""
 
@@ -1078,11 +1085,13 @@ class Collector:
         self.env, self.args = make_env(args), args
         self.frame, _ = self.env.reset(seed=args.seed)
         self.state: tuple | None = None  # of the policy's LSTM
-        self.episode_return, self.episode_length = 0.0, 0
+        self.episode_return = 0.0
         self.reward_counts = [0, 0, 0]  # steps with a negative, no and a positive reward
         self.steps = 0
 
-    def collect(self, agent: Agent, replay: ReplayBuffer, device: torch.device, steps: int, progress) -> list[float]:
+    def collect(
+        self, agent: Agent, replay: ReplayBuffer, device: torch.device, steps: int, progress=None
+    ) -> list[float]:
         """Play `steps` steps with a little exploration; returns the returns of the games that ended meanwhile."""
         finished = []
         for _ in range(steps):
@@ -1092,17 +1101,17 @@ class Collector:
                 action = int(torch.randint(int(self.env.action_space.n), ()).item())
             frame, reward, terminated, truncated, info = self.env.step(action)
             self.steps += 1
-            self.episode_return, self.episode_length = self.episode_return + reward, self.episode_length + 1
+            self.episode_return += reward
             self.reward_counts[int(np.sign(reward)) + 1] += 1
-            # For the replay a lost life ends an episode; a time limit does too, but is no termination: bootstrap there.
-            end, stop = terminated or info["life_loss"], terminated or truncated or info["life_loss"]
+            end, stop = replay_end(terminated, truncated, info)
             replay.add(self.frame, action, reward, end, frame if stop else None)
             self.frame, self.state = frame, None if stop else self.state
             if terminated or truncated:
                 finished.append(self.episode_return)
-                self.episode_return, self.episode_length = 0.0, 0
+                self.episode_return = 0.0
                 self.frame, _ = self.env.reset()
-            progress.advance()
+            if progress:
+                progress.advance()
         replay.flush()
         return finished
 
@@ -1152,7 +1161,7 @@ def evaluate(agent: Agent, args: Args, device: torch.device, episodes: int, seed
             frame, reward, terminated, truncated, info = env.step(actions[i])
             totals[i], ages[i] = totals[i] + reward, ages[i] + 1
             if i < recorded and len(kept[i]) < keep:
-                end, stop = terminated or info["life_loss"], terminated or truncated or info["life_loss"]
+                end, stop = replay_end(terminated, truncated, info)
                 stop = stop or len(kept[i]) == keep - 1
                 kept[i].append((frames[i], actions[i], reward, end, frame if stop else None))
             if terminated or truncated:
@@ -1281,6 +1290,10 @@ class Plan(NamedTuple):
     policy: int
     games: int
 
+    def work(self) -> dict[str, int]:
+        """Units of each kind of work, by the names that costs and progress are counted under."""
+        return {"collect": self.steps, **{part: getattr(self, part) for part in PARTS}, "games": self.games}
+
 
 def make_plan(args: Args, first_steps: int) -> Plan:
     """Count epochs, environment steps, updates and evaluation games ahead of a run."""
@@ -1349,18 +1362,19 @@ class Progress:
 
     def run_left(self) -> float:
         """Seconds until the end of the run, as far as one can tell."""
-        cost = dict(self.cost)
-        spent = {**self.spent}
-        units, seconds = spent.get(self.kind, (0, 0.0))
-        spent[self.kind] = (units + self.done, seconds + time.monotonic() - self.begun)
-        cost.update({kind: s / n for kind, (n, s) in spent.items() if n})
+        spent = {**self.spent, self.kind: self.spent_with(time.monotonic() - self.begun)}
+        cost = {**self.cost, **{kind: s / n for kind, (n, s) in spent.items() if n}}
         return sum(n * cost.get(kind, 0.0) for kind, n in self.left.items())
+
+    def spent_with(self, seconds: float) -> tuple[int, float]:
+        """Units and seconds spent on the present kind, with those of the present phase."""
+        units, before = self.spent.get(self.kind, (0, 0.0))
+        return units + self.done, before + seconds
 
     def finish(self) -> float:
         """End the phase; returns its seconds."""
         seconds = time.monotonic() - self.begun
-        units, before = self.spent.get(self.kind, (0, 0.0))
-        self.spent[self.kind] = (units + self.done, before + seconds)
+        self.spent[self.kind] = self.spent_with(seconds)
         self.done = 0
         if self.terminal:
             print("\r\033[K", end="", flush=True)
@@ -1435,7 +1449,7 @@ def collector_state(collector: Collector) -> dict:
         "game_steps": env.steps,
         "frame": torch.from_numpy(collector.frame.copy()),
         "lstm": collector.state,
-        "episode": (collector.episode_return, collector.episode_length),
+        "episode_return": collector.episode_return,
         "reward_counts": list(collector.reward_counts),
         "steps": collector.steps,
     }
@@ -1457,7 +1471,7 @@ def restore_collector(collector: Collector, saved: dict, replay: ReplayBuffer, d
     env.unwrapped.restore_state(ale_py.ALEState(game["emulator"].numpy().tobytes()))
     env.lives, env.steps, collector.frame = saved["lives"], saved["game_steps"], frame
     collector.state = None if saved["lstm"] is None else tuple(s.to(device) for s in saved["lstm"])
-    collector.episode_return, collector.episode_length = saved["episode"]
+    collector.episode_return = saved["episode_return"]
 
 
 def rng_state(device: torch.device) -> dict:
@@ -1667,12 +1681,9 @@ def measure_costs(args: Args, device: torch.device, bf16: bool, repeats: int = 2
     collector, costs = Collector(args), {}
     agent = Agent(int(collector.env.action_space.n), args).to(device)
     replay = ReplayBuffer(1_000, device)
-    silent = Progress({"collect": 0}, {})
-    silent.start("", "collect", 0)
-    silent.shown = math.inf
-    collector.collect(agent, replay, device, 20, silent)
+    collector.collect(agent, replay, device, 20)
     begun = time.monotonic()
-    collector.collect(agent, replay, device, 40, silent)
+    collector.collect(agent, replay, device, 40)
     costs["collect"] = (time.monotonic() - begun) / 40
     collector.env.close()
     for name, part in make_parts(agent, args, device).items():
@@ -1696,8 +1707,7 @@ def synchronize(device: torch.device) -> None:
 
 def print_plan(args: Args, plan: Plan, counts: dict[str, int], costs: dict[str, float], device, bf16: bool) -> float:
     """Print what a run will do and cost; returns the estimated seconds."""
-    work = {"collect": plan.steps, "diffusion": plan.diffusion, "reward": plan.reward, "policy": plan.policy}
-    work["games"] = plan.games
+    work = plan.work()
     seconds = {kind: count * costs[kind] for kind, count in work.items()}
     replay = args.total_steps * ReplayBuffer.RECORD.itemsize
     print(f"game            {args.env_id}, seed {args.seed}, preset {args.preset}")
@@ -1842,11 +1852,10 @@ def start_run(args: Args, run_dir: Path, device: torch.device, bf16: bool) -> Ru
         print(f"on this CPU that takes about {seconds / 86_400:.0f} days; for minutes, stop and use --preset tiny")
     if args.compile:
         print("compiling the updates: the first of each takes up to a minute")
-    left = {"collect": plan.steps, "games": plan.games, **{part: getattr(plan, part) for part in PARTS}}
     capacity = int(1.1 * args.total_steps) + 1_000
     replay = ReplayBuffer(capacity, device, run_dir / "replay.bin")
     parts = make_parts(agent, args, device)
-    run = Run(args, run_dir, device, bf16, agent, parts, replay, collector, Progress(left, costs))
+    run = Run(args, run_dir, device, bf16, agent, parts, replay, collector, Progress(plan.work(), costs))
     offset = 0
     if args.resume:
         offset = restore(run)
