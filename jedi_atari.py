@@ -18,16 +18,21 @@ Dimensions: B batch, T time (window), H horizon, C x H x W a latent (16 x 8 x 8)
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import io
 import json
 import math
 import os
 import platform
+import random
 import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
 import time
@@ -66,6 +71,10 @@ class RunFailed(RuntimeError):
     """A run cannot go on; the message is one line that says why and what is left of it."""
 
 
+class Stopped(Exception):
+    """A signal asked the program to stop; the message is one line that says what is left and how to carry on."""
+
+
 # ======================================================================================================================
 # 1. Arguments: every number, its meaning and its source
 # ======================================================================================================================
@@ -88,7 +97,8 @@ class Args:
     resume: bool = False  # carry on the run in --run-dir from its checkpoint
     eval_only: str = ""  # folder of a run: play --final-episodes games with its checkpoint, train nothing
     dry_run: bool = False  # print the plan and its cost on this device, then stop; writes nothing
-    checkpoint_every: int = 10  # epochs between checkpoints [C]
+    checkpoint_every: int = 10  # epochs between checkpoints; the long first epoch has one after each phase [C]
+    keep_replay: bool = True  # --no-keep-replay deletes the recorded play once result.json is written
     # --- environment
     frame_skip: int = 4  # emulator frames per action, the last two max-pooled [D]
     noop_max: int = 30  # at most so many no-ops at the start of a game [D]
@@ -193,36 +203,46 @@ PRESETS: dict[str, dict] = {
 }
 
 
+# What a run can use of each number: smallest, largest, and the names. The largest are far above any use; they turn a
+# slip of the keyboard into a message instead of a machine out of memory.
+TINIEST = 1e-12  # of what must be above 0
+RANGES: tuple[tuple[float, float, str], ...] = (
+    (1, 1_000_000_000, "checkpoint_every max_episode_steps total_steps first_steps_max epoch_steps eval_every"),
+    (2, 1_000_000_000, "first_steps_min"),  # or there is no transition to learn from
+    (0, 1_000_000_000, "first_rewards first_diffusion_updates first_reward_updates first_policy_updates"),
+    (0, 1_000_000_000, "diffusion_updates reward_updates policy_updates final_epochs warmup_updates"),
+    (0, 2**31 - 1, "seed"),
+    (0, 1_024, "threads"),
+    (1, 1_000, "frame_skip context_frames target_frames sample_steps reward_window horizon eval_envs"),
+    (0, 1_000, "noop_max"),
+    (1, 100_000, "eval_episodes final_episodes heldout_steps"),
+    (1, 4_096, "batch_size encoder_width denoiser_width cond_dim reward_width reward_cond_dim lstm_size"),
+    (TINIEST, 1_000, "sigma_data noise_std noise_min noise_max sample_sigma_max sample_sigma_min sample_rho"),
+    (TINIEST, 1_000, "encoder_lr_scale temperature"),
+    (TINIEST, 1, "learning_rate adam_eps"),
+    (TINIEST, 1e9, "clip_diffusion clip_other"),
+    (0, 1_000, "sigma_offset s_churn reward_noise entropy_weight"),
+    (-1_000, 1_000, "noise_mean"),
+    (0, 1, "epsilon switch_prob gamma td_lambda weight_decay"),
+)
+
+
 def check_args(args: Args) -> None:
     """Raise `BadInput` for a value that no run can use. Writes nothing."""
-    positive = (
-        "checkpoint_every frame_skip max_episode_steps total_steps first_steps_min first_steps_max "
-        "epoch_steps batch_size encoder_width denoiser_width cond_dim reward_width reward_cond_dim lstm_size "
-        "sigma_data noise_std noise_min noise_max context_frames target_frames sample_steps sample_sigma_max "
-        "sample_sigma_min sample_rho learning_rate encoder_lr_scale adam_eps clip_diffusion clip_other "
-        "reward_window horizon eval_every eval_episodes final_episodes eval_envs temperature heldout_steps"
-    ).split()
-    not_negative = (
-        "seed threads noop_max first_rewards first_diffusion_updates first_reward_updates "
-        "first_policy_updates diffusion_updates reward_updates policy_updates final_epochs sigma_offset "
-        "s_churn reward_noise weight_decay warmup_updates entropy_weight"
-    ).split()
-    shares = ["epsilon", "switch_prob", "gamma", "td_lambda"]
-    for names, fits, rule in (
-        (positive, lambda v: v > 0, "above 0"),
-        (not_negative, lambda v: v >= 0, "0 or more"),
-        (shares, lambda v: 0 <= v <= 1, "from 0 to 1"),
-    ):
-        for name in names:
+    for low, high, names in RANGES:
+        for name in names.split():
             value = getattr(args, name)
-            if not (math.isfinite(value) and fits(value)):
-                raise BadInput(f"{flag(name)} is {value}; it must be a finite number {rule}")
+            if not low <= value <= high:  # false for nan, too
+                least = "above 0" if low == TINIEST else f"at least {low}"
+                raise BadInput(f"{flag(name)} is {value}; it must be {least} and at most {high:,}")
     for name in ("encoder_width", "denoiser_width", "reward_width"):
         width = getattr(args, name)
         if width % group_norm_groups(width):
             raise BadInput(f"{flag(name)} is {width}; it must be a multiple of {group_norm_groups(width)}")
-    if args.first_steps_min < 2:
-        raise BadInput("--first-steps-min is 1; it must be at least 2, or there is no transition to learn from")
+    for name in ("denoiser_width", "reward_width"):
+        width = getattr(args, name)
+        if width % attention_heads(width):
+            raise BadInput(f"{flag(name)} is {width}; it must be a multiple of its {attention_heads(width)} heads of 8")
     if args.cond_dim % args.context_frames or args.cond_dim % 2:
         raise BadInput(f"--cond-dim {args.cond_dim} must be even and a multiple of --context-frames")
     for low, high in (
@@ -233,10 +253,11 @@ def check_args(args: Args) -> None:
     ):
         if getattr(args, low) > getattr(args, high):
             raise BadInput(f"{flag(low)} {getattr(args, low)} is above {flag(high)} {getattr(args, high)}")
-    if args.seed >= 2**31:
-        raise BadInput(f"--seed is {args.seed}; it must be below 2147483648")
     if args.resume and not args.run_dir:
         raise BadInput("--resume needs --run-dir, the folder of the run to carry on")
+    modes = [flag(name) for name in ("resume", "eval_only", "dry_run") if getattr(args, name)]
+    if len(modes) > 1:
+        raise BadInput(f"{' and '.join(modes)} do not go together; choose one")
 
 
 def flag(name: str) -> str:
@@ -271,8 +292,11 @@ def resolve_env_id(env_id: str) -> tuple[str, str]:
     name = re.sub(r"(NoFrameskip-v\d|-v\d)$", "", env_id.removeprefix("ALE/"))
     if name in games:
         return games[name], name
+    module, _, registered = env_id.rpartition(":")
     try:
-        return gym.spec(env_id).id, re.sub(r"\W+", "_", env_id)
+        if module:
+            importlib.import_module(module)  # it registers the environment
+        return gym.spec(registered).id, re.sub(r"\W+", "_", env_id)
     except (gym.error.Error, ImportError, ValueError):
         lower = {g.lower(): g for g in games}
         close = [lower[g] for g in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
@@ -378,6 +402,7 @@ class ReplayBuffer:
         [("crc", "<u4"), ("action", "<i2"), ("final", "u1"), ("end", "u1"), ("reward", "<f4")]
         + [("frame", "u1", (IMAGE_SIZE, IMAGE_SIZE, 3))]
     )
+    MAX_PENDING = 1_000  # 12 MB
     QUARTER_WEIGHTS = (0.1, 0.1, 0.1, 0.7)  # oldest to newest quarter of the episodes [D]
 
     def __init__(self, capacity: int, device: torch.device, path: Path | None = None):
@@ -407,6 +432,8 @@ class ReplayBuffer:
         record["frame"] = frame
         record["crc"] = zlib.crc32(record.tobytes()[4:])
         self.pending.append(record)
+        if len(self.pending) == self.MAX_PENDING:
+            self.flush()
 
     def flush(self) -> None:
         """Upload what add() gathered and append it to the file; one transfer for all of it."""
@@ -541,6 +568,11 @@ def group_norm_groups(channels: int) -> int:
     return max(1, channels // 32)
 
 
+def attention_heads(channels: int) -> int:
+    """Heads of 8 channels [D]."""
+    return max(1, channels // 8)
+
+
 def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
     """A 3x3 convolution that keeps the picture's size."""
     return nn.Conv2d(inputs, outputs, 3, padding=1)
@@ -658,7 +690,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.GroupNorm(group_norm_groups(channels), channels)
-        self.heads = max(1, channels // 8)
+        self.heads = attention_heads(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_(nn.Conv2d(channels, channels, 1))
 
@@ -1089,45 +1121,32 @@ class Collector:
         self.reward_counts = [0, 0, 0]  # steps with a negative, no and a positive reward
         self.steps = 0
 
-    def collect(
-        self, agent: Agent, replay: ReplayBuffer, device: torch.device, steps: int, progress=None
-    ) -> list[float]:
-        """Play `steps` steps with a little exploration; returns the returns of the games that ended meanwhile."""
-        finished = []
-        for _ in range(steps):
-            actions, self.state = act(agent, [self.frame], self.state, 1.0, device)
-            action = actions[0]
-            if torch.rand(()).item() < self.args.epsilon:
-                action = int(torch.randint(int(self.env.action_space.n), ()).item())
-            frame, reward, terminated, truncated, info = self.env.step(action)
-            self.steps += 1
-            self.episode_return += reward
-            self.reward_counts[int(np.sign(reward)) + 1] += 1
-            end, stop = replay_end(terminated, truncated, info)
-            replay.add(self.frame, action, reward, end, frame if stop else None)
-            self.frame, self.state = frame, None if stop else self.state
-            if terminated or truncated:
-                finished.append(self.episode_return)
-                self.episode_return = 0.0
-                self.frame, _ = self.env.reset()
-            if progress:
-                progress.advance()
-        replay.flush()
+    def step(self, agent: Agent, replay: ReplayBuffer, device: torch.device) -> float | None:
+        """Play one step with a little exploration; returns the return of a game that ended with it."""
+        actions, self.state = act(agent, [self.frame], self.state, 1.0, device)
+        action = actions[0]
+        if torch.rand(()).item() < self.args.epsilon:
+            action = int(torch.randint(int(self.env.action_space.n), ()).item())
+        frame, reward, terminated, truncated, info = self.env.step(action)
+        self.steps += 1
+        self.episode_return += reward
+        self.reward_counts[int(np.sign(reward)) + 1] += 1
+        end, stop = replay_end(terminated, truncated, info)
+        replay.add(self.frame, action, reward, end, frame if stop else None)
+        self.frame, self.state = frame, None if stop else self.state
+        if not (terminated or truncated):
+            return None
+        finished, self.episode_return = self.episode_return, 0.0
+        self.frame, _ = self.env.reset()
         return finished
 
-
-def collect_first(
-    collector: Collector, agent: Agent, replay: ReplayBuffer, args: Args, device, progress
-) -> list[float]:
-    """The first epoch's play: until enough steps had another reward than the commonest, within limits [D]."""
-    finished = collector.collect(agent, replay, device, args.first_steps_min, progress)
-    while collector.steps < args.first_steps_max:
-        counts = collector.reward_counts
-        if sum(counts) - max(counts) >= args.first_rewards:
-            break
-        step = min(args.epoch_steps, args.first_steps_max - collector.steps)
-        finished += collector.collect(agent, replay, device, step, progress)
-    return finished
+    def first_play_is_enough(self) -> bool:
+        """Whether the first epoch's play may end: enough steps had another reward than the commonest, within limits;
+        looked at every `epoch_steps` steps [D]."""
+        args, over = self.args, self.steps - self.args.first_steps_min
+        rewarded = sum(self.reward_counts) - max(self.reward_counts)
+        enough = over >= 0 and over % args.epoch_steps == 0 and rewarded >= args.first_rewards
+        return enough or self.steps >= args.first_steps_max
 
 
 class Evaluation(NamedTuple):
@@ -1336,10 +1355,12 @@ class Progress:
         self.terminal = sys.stdout.isatty()
         self.shown = time.monotonic()
         self.title, self.kind, self.count, self.done, self.begun = "", "", 0, 0, 0.0
+        self.before = 0  # units of the phase that an earlier process did
 
-    def start(self, title: str, kind: str, count: int) -> None:
-        """Begin a phase of `count` units of a kind."""
+    def start(self, title: str, kind: str, count: int, before: int = 0) -> None:
+        """Begin a phase of `count` units of a kind, or carry it on."""
         self.title, self.kind, self.count, self.done, self.begun = title, kind, count, 0, time.monotonic()
+        self.before = before
 
     def advance(self) -> None:
         """One more unit is done."""
@@ -1352,10 +1373,11 @@ class Progress:
 
     def show(self, now: float) -> None:
         rate = self.done / max(now - self.begun, 1e-9)
-        phase_left = clock((self.count - self.done) / rate)
-        text = f"{self.title} {self.done}/{self.count}  {rate:.1f}/s  {phase_left} left, run {clock(self.run_left())}"
+        done = self.before + self.done
+        phase_left = clock((self.count - done) / rate)
+        text = f"{self.title} {done}/{self.count}  {rate:.1f}/s  {phase_left} left, run {clock(self.run_left())}"
         if self.terminal:
-            full = int(20 * self.done / max(self.count, 1))
+            full = int(20 * done / max(self.count, 1))
             print(f"\r\033[K[{'#' * full}{'.' * (20 - full)}] {text}", end="", flush=True)
         else:
             print(text, flush=True)
@@ -1384,12 +1406,12 @@ class Progress:
 class Logger:
     """Scalars under the same keys to TensorBoard and to metrics.jsonl (one line per call). x-axis: epochs."""
 
-    def __init__(self, run_dir: Path, offset: int, first_epoch: int):
+    def __init__(self, run_dir: Path, offset: int, next_epoch: int):
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: not for --help
 
         self.file = open(run_dir / "metrics.jsonl", "ab")  # open for the life of the run
         self.file.truncate(offset)  # a resumed run writes the lines after its checkpoint again
-        self.writer = SummaryWriter(str(run_dir), purge_step=first_epoch if first_epoch else None)
+        self.writer = SummaryWriter(str(run_dir), purge_step=next_epoch or None)
 
     def log(self, epoch: int, metrics: dict[str, float | None]) -> None:
         """Write what is not None."""
@@ -1402,15 +1424,15 @@ class Logger:
         """Bring everything to disk; returns the length of metrics.jsonl, which a checkpoint stores."""
         self.writer.flush()
         self.file.flush()
+        os.fsync(self.file.fileno())
         return self.file.tell()
 
 
 class Meter:
     """Means of metrics that stay on the device until read() (the only synchronisation of an epoch's updates)."""
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
+    def __init__(self, sums: dict[str, Tensor] | None = None, count: int = 0) -> None:
+        self.sums, self.count = dict(sums or {}), count
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         for key, value in metrics.items():
@@ -1421,19 +1443,103 @@ class Meter:
         return {key: value.item() / self.count for key, value in self.sums.items()}  # SYNC
 
 
-def write_atomically(path: Path, write) -> None:
-    """Call write(file) on a new file, bring it to disk, then let it take the place of `path`."""
+class FiniteCheck:
+    """Ends the run at the first update whose loss or gradient is not finite, and saves its batch for a look.
+
+    On a GPU an update is looked at while the next one is under way, so that the device never waits for the host.
+    """
+
+    def __init__(self, run_dir: Path, device: torch.device):
+        self.run_dir, self.delay = run_dir, int(device.type == "cuda")
+        self.waiting: collections.deque = collections.deque()
+
+    def add(self, name: str, number: int, metrics: dict[str, Tensor], batch: Windows) -> None:
+        """Look at the update before the `number`-th of part `name`, or at this one. Raises `RunFailed`."""
+        self.waiting.append((name, number, metrics, batch))
+        self.look(self.delay)
+
+    def look(self, leave: int = 0) -> None:
+        """Look at all updates but the newest `leave`. Raises `RunFailed`."""
+        while len(self.waiting) > leave:
+            name, number, metrics, batch = self.waiting.popleft()
+            if not math.isfinite((metrics["loss"] + metrics["grad_norm"]).item()):  # SYNC
+                raise RunFailed(self.report(name, number, metrics, batch))
+
+    def report(self, name: str, number: int, metrics: dict[str, Tensor], batch: Windows) -> str:
+        """Save the batch; returns the line to end with."""
+        path = self.run_dir / f"nonfinite_{name}_{number}.pt"
+        torch.save({"update": number, "metrics": metrics, "batch": batch._asdict()}, path)
+        values = ", ".join(f"{key} {metrics[key].item():g}" for key in ("loss", "grad_norm"))
+        return (
+            f"update {number} of the {name} part is not finite ({values}); its batch is in {path}, and the last "
+            f"good checkpoint, {self.run_dir / 'checkpoint.pt'}, is as it was"
+        )
+
+
+class StopSignals:
+    """SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (a cluster's warning before it kills) end the program in order.
+
+    As a context manager it takes the signals over. One that comes `at_once` raises `Stopped` where it strikes: there
+    is nothing to save, or what is under way is begun again on resume. Otherwise it waits for the next `check()`, so
+    that no step, update or checkpoint is left half done. A second Ctrl-C does not wait.
+    """
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
+
+    def __init__(self) -> None:
+        self.at_once, self.signum, self.previous = True, 0, {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (getattr(signal, name) for name in self.NAMES if hasattr(signal, name)):
+            self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, signum: int, _frame) -> None:
+        """What a signal does."""
+        again, self.signum = bool(self.signum), signum
+        if self.at_once:
+            raise Stopped
+        if again and signum == signal.SIGINT:
+            raise KeyboardInterrupt  # not Stopped: what is under way is no state to save
+
+    def check(self) -> None:
+        """A place where the program may stop."""
+        if self.signum:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def may_strike(self):
+        """Within, a signal need not wait."""
+        self.check()
+        self.at_once = True
+        try:
+            yield
+        finally:
+            self.at_once = False
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a new file, bring it to disk, then let it take the place of `path`. A failure leaves `path` as it was."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # on a full disk its space is worth having
+        raise
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file atomically."""
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=2) + "\n").encode()))
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def collector_state(collector: Collector) -> dict:
@@ -1475,14 +1581,65 @@ def restore_collector(collector: Collector, saved: dict, replay: ReplayBuffer, d
 
 
 def rng_state(device: torch.device) -> dict:
-    """The generators that training draws from."""
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    """Every global random generator, as plain data; this file draws from PyTorch's alone, a fork may not."""
+    version, numbers, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": [version, list(numbers), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+    }
+
+
+def set_rng_state(saved: dict, device: torch.device) -> None:
+    """The opposite of `rng_state`. On another kind of device its own generator goes on from the seed."""
+    torch.set_rng_state(saved["cpu"].cpu())
+    if device.type == "cuda" and saved["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["cuda"].cpu(), device)
+    version, numbers, gauss = saved["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    kind, keys, *rest = saved["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
+
+
+# A checkpoint is an ordinary torch.save file, a zip archive, whose comment holds the format's number, the length of all
+# before the comment, and its CRC-32: PyTorch does not look at the checksums inside of the archive.
+CHECKPOINT_FORMAT = 1
+SEAL = struct.Struct("<4sIQI")  # b"JEDI", format, length, checksum
+
+
+def seal(archive: bytes) -> bytes:
+    """Append the seal to a torch.save file, as the comment of its zip archive."""
+    archive = archive[:-2] + struct.pack("<H", SEAL.size)  # the last field is the comment's length
+    return archive + SEAL.pack(b"JEDI", CHECKPOINT_FORMAT, len(archive), zlib.crc32(archive))
+
+
+def unseal(path: Path) -> bytes:
+    """Read a sealed file. Raises `BadInput` that says what is wrong with it."""
+    content = path.read_bytes()
+    archive, tail = content[: -SEAL.size], content[-SEAL.size :]
+    if len(tail) < SEAL.size or not tail.startswith(b"JEDI"):
+        raise BadInput(f"{path} was cut short, or no run of this script wrote it")
+    _, version, length, checksum = SEAL.unpack(tail)
+    if version != CHECKPOINT_FORMAT:
+        raise BadInput(
+            f"{path} has format {version}, from another version of this script; it reads {CHECKPOINT_FORMAT}"
+        )
+    if length != len(archive) or checksum != zlib.crc32(archive):
+        raise BadInput(f"{path} fails its checksum: the file was altered")
+    return content
 
 
 def save_checkpoint(run_dir: Path, content: dict) -> None:
-    """Write checkpoint.pt under another name, bring it to disk, rename; the one before stays as checkpoint.prev.pt."""
+    """Write checkpoint.pt under another name, bring it to disk, rename; the one before stays as checkpoint.prev.pt.
+
+    Raises `OSError`, and leaves the last checkpoint as it was, if there is no room or no folder.
+    """
     path, previous, new = (run_dir / f"checkpoint{name}.pt" for name in ("", ".prev", ".new"))
-    write_atomically(new, lambda file: torch.save(content, file))
+    archive = io.BytesIO()
+    torch.save(content, archive)
+    write_atomically(new, seal(archive.getvalue()))
     if path.exists():  # a second name, not a move: at no moment is there no checkpoint.pt
         previous.unlink(missing_ok=True)
         os.link(path, previous)
@@ -1491,15 +1648,18 @@ def save_checkpoint(run_dir: Path, content: dict) -> None:
 
 def load_checkpoint(run_dir: Path, device: torch.device) -> dict:
     """Read checkpoint.pt as data only, never as code. Raises `BadInput` if there is none or it cannot be read."""
-    path = run_dir / "checkpoint.pt"
+    path, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"
     if not path.is_file():
         raise BadInput(f"{run_dir} holds no checkpoint.pt; give the folder of a run that has saved one")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(io.BytesIO(unseal(path)), map_location=device, weights_only=True)
     except Exception as error:
-        previous = run_dir / "checkpoint.prev.pt"
-        advice = f"; {previous} is the one before it" if previous.is_file() else ""
-        raise BadInput(f"{path} cannot be read ({type(error).__name__}){advice}") from None
+        fault = str(error) if isinstance(error, BadInput) else f"{path} is refused: it holds more than plain data"
+        advice = f"; to go back to the one before it: mv {previous} {path}" if previous.is_file() else ""
+        raise BadInput(fault + advice) from None
+    if saved["script"] != Path(__file__).stem:
+        raise BadInput(f"{path} was written by {saved['script']}.py; use that script")
+    return saved
 
 
 def load_args(run_dir: Path) -> Args:
@@ -1507,7 +1667,7 @@ def load_args(run_dir: Path) -> Args:
     path = run_dir / "args.json"
     try:
         saved = json.loads(path.read_text())
-        return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        return Args(**saved)
     except (OSError, json.JSONDecodeError):
         raise BadInput(f"{run_dir} holds no readable args.json; give the folder of a run") from None
     except TypeError as error:
@@ -1521,6 +1681,7 @@ MAY_CHANGE_ON_RESUME = (
     "compile",
     "precision",
     "checkpoint_every",
+    "keep_replay",
     "dry_run",
     "eval_only",
 )
@@ -1534,6 +1695,10 @@ def prepare_run_dir(args: Args, name: str) -> tuple[Path, io.BufferedWriter]:
     script = Path(__file__).stem
     stamp = time.strftime("%Y%m%d-%H%M%S")
     run_dir = Path(args.run_dir or f"runs/{name}__{script}__{args.seed}__{stamp}")
+    try:
+        run_dir.exists()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot write to the run folder {str(run_dir)[:80]}: {error}") from None
     if args.resume:
         if not (run_dir / "checkpoint.pt").is_file():
             raise BadInput(f"--resume: {run_dir} holds no checkpoint.pt; drop --resume to start a new run there")
@@ -1547,7 +1712,7 @@ def prepare_run_dir(args: Args, name: str) -> tuple[Path, io.BufferedWriter]:
         if differ:
             was = ", ".join(f"{flag(n)} (was {getattr(saved, n)}, now {getattr(args, n)})" for n in differ)
             raise BadInput(f"--resume: {run_dir} was begun with other arguments: {was}")
-    elif any((run_dir / file).exists() for file in ("args.json", "checkpoint.pt", "metrics.jsonl", "result.json")):
+    elif any((run_dir / file).exists() for file in ("checkpoint.pt", "checkpoint.prev.pt", "result.json")):
         raise BadInput(f"{run_dir} already holds a run; carry it on with --resume, or choose another --run-dir")
     try:
         (run_dir / "dreams").mkdir(parents=True, exist_ok=True)
@@ -1658,6 +1823,27 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def replay_capacity(args: Args) -> int:
+    """Records that a run is likely to need: its steps and the last frames of its episodes."""
+    return int(1.1 * args.total_steps) + 1_000
+
+
+def check_memory(args: Args, device: torch.device) -> None:
+    """Raise `BadInput` if the replay alone is larger than the memory of the device that holds it."""
+    need = replay_capacity(args) * ReplayBuffer.RECORD.itemsize
+    if device.type == "cuda":
+        have = torch.cuda.mem_get_info(device)[1]
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if need > have:
+        raise BadInput(
+            f"--total-steps {args.total_steps} needs {need / 2**30:,.0f} GiB for the replay; "
+            f"this device has {have / 2**30:,.0f} GiB, choose fewer steps"
+        )
+
+
 def choose_bf16(precision: str, device: torch.device) -> bool:
     """Whether to compute in bf16. `auto`: where matrix units make it fast. Raises `BadInput`."""
     # DEVIATION 6: bf16 where it is fast; DIAMOND computes in float32. Diffusion maths stays in float32 either way.
@@ -1681,10 +1867,13 @@ def measure_costs(args: Args, device: torch.device, bf16: bool, repeats: int = 2
     collector, costs = Collector(args), {}
     agent = Agent(int(collector.env.action_space.n), args).to(device)
     replay = ReplayBuffer(1_000, device)
-    collector.collect(agent, replay, device, 20)
-    begun = time.monotonic()
-    collector.collect(agent, replay, device, 40)
-    costs["collect"] = (time.monotonic() - begun) / 40
+    warm_up, steps = 20, 40
+    for i in range(warm_up + steps):
+        if i == warm_up:
+            begun = time.monotonic()
+        collector.step(agent, replay, device)
+    costs["collect"] = (time.monotonic() - begun) / steps
+    replay.flush()
     collector.env.close()
     for name, part in make_parts(agent, args, device).items():
         for i in range(repeats + 1):  # the first is the warm-up; where it takes seconds it has to do
@@ -1710,6 +1899,7 @@ def print_plan(args: Args, plan: Plan, counts: dict[str, int], costs: dict[str, 
     work = plan.work()
     seconds = {kind: count * costs[kind] for kind, count in work.items()}
     replay = args.total_steps * ReplayBuffer.RECORD.itemsize
+    checkpoints = 3 * 12 * counts["total"]  # weights and two moments, 4 bytes each; this one, the last and a new one
     print(f"game            {args.env_id}, seed {args.seed}, preset {args.preset}")
     print(f"device          {device}, {'bf16' if bf16 else 'fp32'}, compile {'on' if args.compile else 'off'}")
     print("parameters      " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
@@ -1718,7 +1908,10 @@ def print_plan(args: Args, plan: Plan, counts: dict[str, int], costs: dict[str, 
     for kind, count in work.items():
         title = names.get(kind, f"{kind} updates")
         print(f"{title:<17} {count:>9,} x {costs[kind] * 1000:9.1f} ms = {clock(seconds[kind]):>14}")
-    print(f"replay          {replay:,} bytes in memory and on disk")
+    print(
+        f"replay          {replay:,} bytes in memory and on disk" + ("" if args.keep_replay else ", deleted at the end")
+    )
+    print(f"checkpoints     {checkpoints:,} bytes on disk at most")
     print(f"whole run       about {clock(sum(seconds.values()))} (measured on this device just now)")
     return sum(seconds.values())
 
@@ -1763,6 +1956,9 @@ def human_normalized(name: str, mean_return: float) -> float | None:
     return (mean_return - low) / (high - low)
 
 
+PHASES = ("untrained", "collect", *PARTS, "evaluate", "final")  # of a run; the middle ones repeat, epoch by epoch
+
+
 @dataclasses.dataclass
 class Run:
     """Everything that changes during a run, and the few things that all its steps need."""
@@ -1776,53 +1972,75 @@ class Run:
     replay: ReplayBuffer
     collector: Collector
     progress: Progress
+    signals: StopSignals
+    finite: FiniteCheck
+    begun: float  # clock when this process began
     logger: Logger | None = None
     epoch: int = 0  # how many are done
     epochs: int = 0  # how many there will be; known once the first collection is
+    first_steps: int = 0  # steps of the first collection
+    phase: str = PHASES[0]
+    done: int = 0  # updates or steps done in this phase
+    meter: Meter = dataclasses.field(default_factory=Meter)  # of this phase
+    metrics: dict[str, float | None] = dataclasses.field(default_factory=dict)  # of this epoch so far
+    finished: list[float] = dataclasses.field(default_factory=list)  # returns of the games that ended in this epoch
     updates: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     untrained: dict = dataclasses.field(default_factory=dict)  # returns and measures before training
-    wall_seconds: float = 0.0  # of earlier sessions of this run
+    wall_seconds: float = 0.0  # of earlier processes of this run
+
+    def enter(self, phase: str) -> None:
+        """Begin the next phase."""
+        self.phase, self.done, self.meter = phase, 0, Meter()
+
+    def seconds(self) -> float:
+        """Time spent on this run, earlier processes counted in."""
+        return self.wall_seconds + time.monotonic() - self.begun
 
 
-def checkpoint_content(run: Run, seconds: float) -> dict:
-    """Plain data that `restore` turns back into the same run."""
-    return {
+# What a checkpoint holds of `Run` as it stands; the rest needs more than copying.
+PLAIN_STATE = ("epoch", "epochs", "first_steps", "phase", "done", "metrics", "finished", "updates")
+
+
+def checkpoint(run: Run) -> None:
+    """Save everything that `restore` needs to turn back into the same run, bit by bit, as plain data."""
+    run.finite.look()
+    content = {
         "script": Path(__file__).stem,
+        **{name: getattr(run, name) for name in PLAIN_STATE},
         "agent": run.agent.state_dict(),
         "optimizers": {name: part.optimizer.state_dict() for name, part in run.parts.items()},
-        "epoch": run.epoch,
-        "epochs": run.epochs,
-        "updates": dict(run.updates),
+        "meter": {"sums": run.meter.sums, "count": run.meter.count},
         "untrained": json.dumps(run.untrained),
         "collector": collector_state(run.collector),
         "rng": rng_state(run.device),
         "replay_size": run.replay.sync(),
         "metrics_bytes": run.logger.flush(),
-        "wall_seconds": seconds,
+        "wall_seconds": run.seconds(),
     }
+    save_checkpoint(run.run_dir, content)
 
 
-def restore(run: Run) -> int:
-    """Load the run folder's checkpoint into a fresh run; returns the length of its metrics file."""
-    saved = load_checkpoint(run.run_dir, run.device)
+def restore(run: Run, saved: dict) -> int:
+    """Turn a fresh run into the one of a checkpoint; returns the length of its metrics file."""
     run.replay.load(saved["replay_size"])
     run.agent.load_state_dict(saved["agent"])
     for name, part in run.parts.items():
         part.optimizer.load_state_dict(saved["optimizers"][name])
-    run.epoch, run.epochs, run.updates = saved["epoch"], saved["epochs"], dict(saved["updates"])
+    for name in PLAIN_STATE:
+        setattr(run, name, saved[name])
+    run.meter = Meter(**saved["meter"])
     run.wall_seconds = saved["wall_seconds"]
     run.untrained = json.loads(saved["untrained"])
     restore_collector(run.collector, saved["collector"], run.replay, run.device)
-    torch.set_rng_state(saved["rng"]["cpu"].cpu())
-    if run.device.type == "cuda" and saved["rng"]["cuda"] is not None:
-        torch.cuda.set_rng_state(saved["rng"]["cuda"].cpu(), run.device)
+    set_rng_state(saved["rng"], run.device)
     return saved["metrics_bytes"]
 
 
-def train(args: Args) -> dict:
+def train(args: Args, signals: StopSignals | None = None) -> dict:
     """Train and evaluate one agent; writes the run folder and returns what it writes as result.json.
 
-    Raises `BadInput` before anything is written if the arguments, the device or the folder do not fit.
+    Raises `BadInput` before anything is written if the arguments, the device or the folder do not fit, `RunFailed` if
+    training breaks down, and `Stopped` if `signals` are given and one arrives; the run can then be resumed.
     """
     begun = time.monotonic()
     check_args(args)
@@ -1831,18 +2049,33 @@ def train(args: Args) -> dict:
     bf16 = choose_bf16(args.precision, device)
     _, name = resolve_env_id(args.env_id)
     make_env(args).close()
+    check_memory(args, device)
     run_dir, lock = prepare_run_dir(args, name)
     with lock:
-        run = start_run(args, run_dir, device, bf16)
-        run_epochs(run, begun)
-        return finish_run(run, name, begun)
+        saved = load_checkpoint(run_dir, device) if args.resume else None
+        run = start_run(args, run_dir, device, bf16, signals or StopSignals(), begun, saved)
+        try:
+            run_epochs(run)
+            return finish_run(run, name)
+        except Stopped:
+            checkpoint(run)
+            command = f"python {Path(__file__).name} --resume --run-dir {run_dir}"
+            raise Stopped(f"epoch {run.epoch + 1}, {run.phase} {run.done}; carry on with: {command}") from None
 
 
-def start_run(args: Args, run_dir: Path, device: torch.device, bf16: bool) -> Run:
-    """Announce the plan, build everything from the seed, or restore it; write what describes the run."""
+def start_run(
+    args: Args,
+    run_dir: Path,
+    device: torch.device,
+    bf16: bool,
+    signals: StopSignals,
+    begun: float,
+    saved: dict | None,
+) -> Run:
+    """Announce the plan, build everything from the seed or the `saved` checkpoint; write what describes the run."""
     torch.set_float32_matmul_precision("high")  # TF32 where fp32 products remain on a GPU
     costs = measure_costs(args, device, bf16)
-    torch.manual_seed(args.seed)
+    seed_everything(args.seed)
     collector = Collector(args)
     agent = Agent(int(collector.env.action_space.n), args).to(device)
     plan = make_plan(args, args.first_steps_min)
@@ -1852,78 +2085,128 @@ def start_run(args: Args, run_dir: Path, device: torch.device, bf16: bool) -> Ru
         print(f"on this CPU that takes about {seconds / 86_400:.0f} days; for minutes, stop and use --preset tiny")
     if args.compile:
         print("compiling the updates: the first of each takes up to a minute")
-    capacity = int(1.1 * args.total_steps) + 1_000
-    replay = ReplayBuffer(capacity, device, run_dir / "replay.bin")
-    parts = make_parts(agent, args, device)
-    run = Run(args, run_dir, device, bf16, agent, parts, replay, collector, Progress(plan.work(), costs))
-    offset = 0
-    if args.resume:
-        offset = restore(run)
-        print(f"resumed after epoch {run.epoch}, {run.collector.steps:,} steps")
-        run.progress.left["collect"] -= run.collector.steps
+    replay = ReplayBuffer(replay_capacity(args), device, run_dir / "replay.bin")
+    parts, progress, finite = (
+        make_parts(agent, args, device),
+        Progress(plan.work(), costs),
+        FiniteCheck(run_dir, device),
+    )
+    run = Run(args, run_dir, device, bf16, agent, parts, replay, collector, progress, signals, finite, begun)
+    signals.check()
+    signals.at_once = False  # from here on there is something to save
+    if saved:
+        offset = restore(run, saved)
+        print(f"resumed in epoch {run.epoch + 1}, {run.phase} {run.done}, {run.collector.steps:,} steps")
+        progress.left["collect"] -= run.collector.steps
         for part in PARTS:
-            run.progress.left[part] -= run.updates[part]
+            progress.left[part] -= run.updates[part]
+        run.logger = Logger(run_dir, offset, 0 if run.phase == PHASES[0] else run.epoch + 1)
     else:
         replay.file.truncate(0)
         write_json(run_dir / "args.json", dataclasses.asdict(args))
         shutil.copyfile(__file__, run_dir / Path(__file__).name)
-    run.logger = Logger(run_dir, offset, run.epoch)
+        run.logger = Logger(run_dir, 0, 0)
+        checkpoint(run)  # from its first moment on, a run can be resumed
     return run
 
 
-def run_epochs(run: Run, begun: float) -> None:
-    """All epochs that are left, with their evaluations, logs and checkpoints."""
-    args = run.args
-    if run.epoch == 0:
-        measures, evaluation = evaluation_phase(run, args.eval_episodes, "play before training")
+def seed_everything(seed: int) -> None:
+    """Seed every global generator; this file draws from PyTorch's alone, a fork may not."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def run_epochs(run: Run) -> None:
+    """All that is left of the run, from the phase where it stands, up to the final evaluation."""
+    if run.phase == "untrained":
+        measures, evaluation = evaluation_phase(run, run.args.eval_episodes, "play before training")
         run.untrained = {"returns": evaluation.returns, **measures}
         run.logger.log(0, {"eval/mean_return": np.mean(evaluation.returns), **flatten_measures(measures)})
-    while run.epoch < run.epochs or run.epoch == 0:
-        metrics = one_epoch(run)
-        run.epoch += 1
-        if evaluation_due(args, run.epoch - 1, run.epochs):
-            measures, evaluation = evaluation_phase(run, args.eval_episodes, f"epoch {run.epoch} evaluation")
-            metrics["eval/mean_return"] = np.mean(evaluation.returns)
-            metrics["eval/mean_length"] = np.mean(evaluation.lengths)
-            metrics.update(flatten_measures(measures))
-        run.logger.log(run.epoch, metrics)
-        print(epoch_line(run, metrics), flush=True)
-        if run.epoch % args.checkpoint_every == 0 or run.epoch == run.epochs:
-            save_checkpoint(run.run_dir, checkpoint_content(run, run.wall_seconds + time.monotonic() - begun))
+        run.enter("collect")
+        checkpoint(run)
+    while run.phase != "final":
+        for phase in PHASES[PHASES.index(run.phase) : -1]:
+            first = run.epoch == 0
+            if phase == "collect":
+                collect_phase(run)
+            elif phase in PARTS:
+                update_phase(run, phase)
+            else:
+                end_epoch(run)
+            due = phase == "evaluate" and (run.epoch % run.args.checkpoint_every == 0 or run.phase == "final")
+            if first or due:
+                checkpoint(run)
 
 
-def one_epoch(run: Run) -> dict[str, float | None]:
-    """Collect, then make the updates of the three parts; returns the epoch's metrics."""
-    args, first, progress = run.args, run.epoch == 0, run.progress
-    title = f"epoch {run.epoch + 1}/{run.epochs}" if run.epochs else "epoch 1"
-    steps = args.first_steps_max if first else max(0, min(args.epoch_steps, args.total_steps - run.collector.steps))
-    progress.start(f"{title} collect", "collect", steps)
+def collect_phase(run: Run) -> None:
+    """Play on in the training game."""
+    args, collector, first = run.args, run.collector, run.epoch == 0
+    goal = args.first_steps_max if first else min(run.first_steps + run.epoch * args.epoch_steps, args.total_steps)
+    begin_phase(run, "collect", goal - (collector.steps - run.done))
+    while not (collector.first_play_is_enough() if first else collector.steps >= goal):
+        finished = collector.step(run.agent, run.replay, run.device)
+        if finished is not None:
+            run.finished.append(finished)
+        run.done += 1
+        run.progress.advance()
+        run.signals.check()
+    run.replay.flush()
     if first:
-        finished = collect_first(run.collector, run.agent, run.replay, args, run.device, progress)
-        run.epochs = make_plan(args, run.collector.steps).epochs
-    else:
-        finished = run.collector.collect(run.agent, run.replay, run.device, steps, progress)
-    metrics = {"charts/env_steps": run.collector.steps, "time/collect": progress.finish()}
-    metrics["charts/episodic_return"] = np.mean(finished) if finished else None
-    for name, part in run.parts.items():
-        count = getattr(args, f"first_{name}_updates" if first else f"{name}_updates")
-        progress.start(f"{title} {name}", name, count)
-        meter = Meter()
-        for _ in range(count):
-            meter.add(update(run.agent, part, part.sample(run.replay), run.updates[name], args, run.bf16))
-            run.updates[name] += 1
-            progress.advance()
-        means = meter.read()
-        metrics.update({f"{name}/{key}": value for key, value in means.items()})
-        if not all(math.isfinite(value) for value in means.values()):
-            begun = run.updates[name] - count + 1
-            raise RunFailed(
-                f"the {name} update is not finite, somewhere in its updates {begun} to {run.updates[name]} "
-                f"(epoch {run.epoch + 1}); the checkpoint of an earlier epoch in {run.run_dir} is as it was"
-            )
-        metrics[f"time/{name}"] = progress.finish()
-        metrics[f"charts/{name}_updates"] = run.updates[name]
-    return metrics
+        run.first_steps = collector.steps
+        run.epochs = make_plan(args, collector.steps).epochs
+    run.metrics["charts/env_steps"] = collector.steps
+    run.metrics["charts/episodic_return"] = float(np.mean(run.finished)) if run.finished else None
+    run.finished = []
+    end_phase(run, "collect")
+    run.enter(PARTS[0])
+
+
+def update_phase(run: Run, name: str) -> None:
+    """This epoch's updates of one part."""
+    args, part = run.args, run.parts[name]
+    count = getattr(args, f"first_{name}_updates" if run.epoch == 0 else f"{name}_updates")
+    begin_phase(run, name, count)
+    while run.done < count:
+        batch = part.sample(run.replay)
+        metrics = update(run.agent, part, batch, run.updates[name], args, run.bf16)
+        run.meter.add(metrics)
+        run.updates[name] += 1
+        run.done += 1
+        run.finite.add(name, run.updates[name], metrics, batch)
+        run.progress.advance()
+        run.signals.check()
+    run.finite.look()
+    run.metrics.update({f"{name}/{key}": value for key, value in run.meter.read().items()})
+    run.metrics[f"charts/{name}_updates"] = run.updates[name]
+    end_phase(run, name)
+    run.enter(PHASES[PHASES.index(name) + 1])
+
+
+def begin_phase(run: Run, kind: str, count: int) -> None:
+    """Show that a phase of `count` units begins, or goes on."""
+    title = f"epoch {run.epoch + 1}/{run.epochs}" if run.epochs else "epoch 1"
+    run.progress.start(f"{title} {kind}", kind, count, run.done)
+
+
+def end_phase(run: Run, kind: str) -> None:
+    """Note the phase's seconds: those of this process."""
+    run.metrics[f"time/{kind}"] = run.progress.finish()
+
+
+def end_epoch(run: Run) -> None:
+    """Evaluate if it is time to, log the epoch, show its line."""
+    epoch = run.epoch + 1
+    metrics = dict(run.metrics)
+    if evaluation_due(run.args, run.epoch, run.epochs):
+        measures, evaluation = evaluation_phase(run, run.args.eval_episodes, f"epoch {epoch} evaluation")
+        metrics["eval/mean_return"] = np.mean(evaluation.returns)
+        metrics["eval/mean_length"] = np.mean(evaluation.lengths)
+        metrics.update(flatten_measures(measures))
+    run.logger.log(epoch, metrics)
+    run.epoch, run.metrics = epoch, {}
+    run.enter("final" if epoch == run.epochs else "collect")
+    print(epoch_line(run, metrics), flush=True)
 
 
 def epoch_line(run: Run, metrics: dict[str, float | None]) -> str:
@@ -1944,17 +2227,24 @@ def epoch_line(run: Run, metrics: dict[str, float | None]) -> str:
 
 
 def evaluation_phase(run: Run, episodes: int, title: str) -> tuple[dict, Evaluation]:
-    """Play, then measure the world model on that play."""
+    """Play, then measure the world model on that play. A signal may strike: a resumed run plays all of it again."""
     run.progress.start(title, "games", episodes)
     # Seeds of evaluation games lie apart from those of training and of each other.
-    seed = 1_000_000_000 + (run.args.seed * 100_003 + run.epoch * 1_009 + episodes) % 1_000_000_000
-    evaluation = evaluate(run.agent, run.args, run.device, episodes, seed, run.progress)
-    measures = measure_world_model(run.agent, evaluation.heldout, run.args)
+    epoch = run.epoch + (run.phase == "evaluate")
+    seed = 1_000_000_000 + (run.args.seed * 100_003 + epoch * 1_009 + episodes) % 1_000_000_000
+    before = rng_state(run.device)
+    try:
+        with run.signals.may_strike():
+            evaluation = evaluate(run.agent, run.args, run.device, episodes, seed, run.progress)
+            measures = measure_world_model(run.agent, evaluation.heldout, run.args)
+    except Stopped:
+        set_rng_state(before, run.device)
+        raise
     run.progress.finish()
     return measures, evaluation
 
 
-def finish_run(run: Run, name: str, begun: float) -> dict:
+def finish_run(run: Run, name: str) -> dict:
     """The final evaluation, the table of what was learned, and result.json, written last."""
     args = run.args
     measures, evaluation = evaluation_phase(run, args.final_episodes, "final evaluation")
@@ -1978,7 +2268,7 @@ def finish_run(run: Run, name: str, begun: float) -> dict:
         "open_loop_ratio_untrained": run.untrained["open_loop_ratio"],
         "reward_recall": measures["reward_recall"],
         "measures": {key: value for key, value in measures.items() if key != "open_loop_ratio"},
-        "wall_seconds": run.wall_seconds + time.monotonic() - begun,
+        "wall_seconds": run.seconds(),
         "peak_memory_bytes": peak_memory(run.device),
         "device": torch.cuda.get_device_name(run.device)
         if run.device.type == "cuda"
@@ -1990,6 +2280,8 @@ def finish_run(run: Run, name: str, begun: float) -> dict:
     }
     write_json(run.run_dir / "result.json", result)
     print_result(result, run.run_dir)
+    if not args.keep_replay:
+        (run.run_dir / "replay.bin").unlink()
     return result
 
 
@@ -2023,9 +2315,9 @@ def print_result(result: dict, run_dir: Path) -> None:
 
 def eval_only(args: Args) -> dict:
     """Play `--final-episodes` games with a run's checkpoint; writes eval_<time>.json beside it, nothing else."""
+    check_args(args)
     run_dir = Path(args.eval_only)
     saved = load_args(run_dir)
-    check_args(args)
     set_threads(args)
     device = choose_device(args.device)
     changes = {n: getattr(args, n) for n in ("seed", "final_episodes", "eval_envs", "temperature", "max_episode_steps")}
@@ -2105,26 +2397,35 @@ def first_message(box: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """The command line; returns the exit status: 0, 2 for bad input, 1 for a failure, 128 + n for signal n."""
+    name, signals = Path(__file__).name, StopSignals()
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
-        if args.eval_only:
-            eval_only(args)
-        elif args.dry_run:
-            dry_run(args)
-        else:
-            train(args)
+        with signals:
+            args = parse_args(sys.argv[1:] if argv is None else argv)
+            if args.eval_only:
+                eval_only(args)
+            elif args.dry_run:
+                dry_run(args)
+            else:
+                train(args, signals)
     except BadInput as error:
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
     except (RunFailed, OSError) as error:  # OSError: a full disk, a folder that is gone
-        print(f"{Path(__file__).name}: stopped: {error}", file=sys.stderr)
+        print(f"{name}: failed: {error}", file=sys.stderr)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        print(f"{name}: failed: out of memory; try a smaller --batch-size, widths or --total-steps", file=sys.stderr)
+        return 1
+    except Stopped as stop:
+        reason = signal.Signals(signals.signum).name
+        print(f"{name}: stopped by {reason}: {str(stop) or 'nothing was begun'}", file=sys.stderr)
+        return 128 + signals.signum
     except KeyboardInterrupt:
-        print(
-            f"{Path(__file__).name}: interrupted; --resume --run-dir goes on from the last checkpoint", file=sys.stderr
-        )
-        return 130  # 128 + SIGINT, as shells have it
+        print(f"{name}: broken off; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

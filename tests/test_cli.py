@@ -52,50 +52,105 @@ def test_dry_run_prints_the_plan_and_writes_nothing(capsys, empty_folder):
 
 
 BAD = [
+    # games
     ("--env-id Pnog", "did you mean Pong"),
+    ("--env-id pong", "did you mean Pong"),
     ("--env-id ", "unknown game"),
+    ("--env-id Pong/../../etc", "unknown game"),
+    ("--env-id ALE/Nothing-v5", "unknown game"),
+    ("--env-id no_module:Game-v0", "unknown game"),
+    ("--env-id Pong\x00", "unknown game"),
+    ("--env-id P\N{LATIN SMALL LETTER O WITH DIAERESIS}ng", "did you mean Pong"),
     ("--env-id CartPole-v1", "RGB frames"),
+    ("--env-id Pendulum-v1", "RGB frames"),
+    # what cannot be read
     ("--preset huge", "paper, tiny"),
     ("--preset", "expected one argument"),
+    ("--preset TINY", "paper, tiny"),
     ("--no-such-flag 3", "--no-such-flag"),
+    ("stray", "stray"),
+    ("--seed", "--seed"),
     ("--seed x", "--seed"),
+    ("--seed 1.5", "--seed"),
+    ("--seed 0x10", "--seed"),
+    ("--seed 1 2", "2"),
+    ("--batch-size 2.5", "--batch-size"),
+    ("--batch-size 1e3", "--batch-size"),
+    ("--batch-size \N{DIGIT ONE}\N{SUPERSCRIPT TWO}", "--batch-size"),
+    ("--learning-rate fast", "--learning-rate"),
+    ("--compile maybe", "maybe"),
+    ("--keep-replay 7", "7"),
+    # out of range
     ("--seed -1", "--seed is -1"),
-    ("--seed 99999999999", "below 2147483648"),
+    ("--seed 99999999999", "at most 2,147,483,647"),
     ("--batch-size 0", "--batch-size is 0"),
     ("--batch-size -4", "--batch-size is -4"),
-    ("--batch-size 2.5", "--batch-size"),
-    ("--learning-rate nan", "finite"),
-    ("--learning-rate inf", "finite"),
+    ("--batch-size 1000000", "at most 4,096"),
+    ("--learning-rate nan", "above 0 and at most 1"),
+    ("--learning-rate inf", "above 0 and at most 1"),
     ("--learning-rate 0", "above 0"),
-    ("--gamma 1.5", "from 0 to 1"),
-    ("--td-lambda -0.1", "from 0 to 1"),
-    ("--epsilon 2", "from 0 to 1"),
+    ("--learning-rate -0.1", "above 0"),
+    ("--gamma 1.5", "at least 0 and at most 1"),
+    ("--td-lambda -0.1", "at least 0 and at most 1"),
+    ("--epsilon 2", "at least 0 and at most 1"),
+    ("--weight-decay nan", "--weight-decay is nan"),
+    ("--noise-mean -inf", "--noise-mean"),
     ("--horizon 0", "--horizon is 0"),
+    ("--horizon 99999", "at most 1,000"),
     ("--sample-steps 0", "--sample-steps is 0"),
+    ("--s-churn -1", "--s-churn is -1"),
+    ("--context-frames 0", "--context-frames is 0"),
+    ("--target-frames 0", "--target-frames is 0"),
+    ("--frame-skip 0", "--frame-skip is 0"),
+    ("--noop-max -1", "--noop-max is -1"),
+    ("--eval-episodes 0", "--eval-episodes is 0"),
+    ("--final-episodes 0", "--final-episodes is 0"),
+    ("--eval-envs 0", "--eval-envs is 0"),
+    ("--checkpoint-every 0", "--checkpoint-every is 0"),
+    ("--temperature 0", "--temperature is 0"),
+    ("--threads -1", "--threads is -1"),
+    ("--first-steps-min 1", "at least 2"),
+    ("--total-steps 1000000000000", "--total-steps is 1000000000000"),
+    ("--total-steps 900000000", "GiB for the replay"),
+    ("--lstm-size 1000000", "--lstm-size is 1000000"),
+    ("--denoiser-width 0", "--denoiser-width is 0"),
+    # contradictions
     ("--noise-min 30", "--noise-max"),
     ("--sample-sigma-min 9", "--sample-sigma-max"),
     ("--first-steps-min 20000", "--first-steps-max"),
-    ("--first-steps-min 1", "at least 2"),
     ("--total-steps 100", "--total-steps"),
     ("--denoiser-width 100", "multiple of 3"),
+    ("--denoiser-width 17", "multiple of its 2 heads"),
     ("--cond-dim 33", "--cond-dim"),
-    ("--threads -1", "--threads"),
+    ("--resume", "--run-dir"),
+    ("--resume --dry-run --run-dir x", "do not go together"),
+    ("--eval-only x --dry-run", "do not go together"),
+    # devices
     ("--device gpu", "auto, cpu, cuda"),
     ("--device cuda:99", "CUDA devices"),
+    ("--device cuda:-1", "auto, cpu, cuda"),
     ("--precision fp16", "--precision"),
     ("--latent-norm batch", "--latent-norm"),
-    ("--resume", "--run-dir"),
+    # folders
     ("--resume --run-dir nowhere", "no checkpoint.pt"),
     ("--eval-only nowhere", "no readable args.json"),
+    ("--eval-only /proc/self/mem", "no readable args.json"),
     ("--run-dir /proc/nothing/run", "cannot write"),
-    ("stray", "stray"),
+    ("--run-dir /dev/null/run", "cannot write"),
+    ("--run-dir " + "x" * 300, "cannot write"),
 ]
+
+
+def test_every_number_has_a_range():
+    ranged = [name for _, _, names in jedi.RANGES for name in names.split()]
+    numbers = [f.name for f in dataclasses.fields(jedi.Args) if f.type in ("int", "float", int, float)]
+    assert sorted(ranged) == sorted(numbers) and len(BAD) >= 60
 
 
 @pytest.mark.parametrize(("argv", "says"), BAD)
 def test_bad_input_is_one_line_and_leaves_nothing_behind(argv, says, capsys, empty_folder):
     status, out, err = run(["--preset", "tiny", *argv.split(" ")], capsys)
-    assert status == 2 and out == ""
+    assert status == 2 and out == "", err
     assert err.count("\n") == 1 and err.startswith("jedi_atari.py: error: ") and says in err
     assert not list(empty_folder.iterdir())
 
@@ -118,7 +173,7 @@ def make_run(folder, **changes):
     folder.mkdir()
     args = jedi.Args(**{**MICRO, **changes})
     jedi.write_json(folder / "args.json", dataclasses.asdict(args))
-    torch.save({"epoch": 1}, folder / "checkpoint.pt")
+    jedi.save_checkpoint(folder, {"script": "jedi_atari", "epoch": 1})
     return folder
 
 
@@ -153,7 +208,7 @@ def test_a_broken_checkpoint_is_named(capsys, empty_folder, content):
     folder = make_run(empty_folder / "old")
     (folder / "checkpoint.prev.pt").write_bytes((folder / "checkpoint.pt").read_bytes())
     (folder / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(jedi.BadInput, match=r"checkpoint\.pt cannot be read.*checkpoint\.prev\.pt"):
+    with pytest.raises(jedi.BadInput, match=r"checkpoint\.pt was cut short.*mv .*checkpoint\.prev\.pt"):
         jedi.load_checkpoint(folder, torch.device("cpu"))
 
 
@@ -166,8 +221,8 @@ class Code:
 
 def test_a_checkpoint_with_code_in_it_is_refused(empty_folder):
     folder = make_run(empty_folder / "old")
-    torch.save({"epoch": Code()}, folder / "checkpoint.pt")
-    with pytest.raises(jedi.BadInput, match="cannot be read"):
+    jedi.save_checkpoint(folder, {"epoch": Code()})
+    with pytest.raises(jedi.BadInput, match="more than plain data"):
         jedi.load_checkpoint(folder, torch.device("cpu"))
     assert not (empty_folder / "executed").exists()
 

@@ -64,7 +64,8 @@ def test_accounting(counted):
     in_between = sum(1 for e in range(1, epochs) if e % args.eval_every == 0)
     assert counts["evaluate"] == 1 + in_between + 1
     assert sum("eval/mean_return" in row for row in metrics) == 1 + in_between
-    assert counts["save_checkpoint"] == epochs // args.checkpoint_every
+    # At the start, after each of the first epoch's five phases and the play before it, then once an epoch.
+    assert counts["save_checkpoint"] == 1 + 6 + (epochs - 1) // args.checkpoint_every
     assert len(result["returns"]) == args.final_episodes
     # Collection appends one record a step, and one more for the last frame of each finished episode.
     size = (run_dir / "replay.bin").stat().st_size
@@ -133,7 +134,7 @@ def test_a_stopped_run_carries_on_as_if_it_had_not_stopped(counted, tmp_path, mo
     def save_then_stop(*a):
         save(*a)
         saved.append(1)
-        if len(saved) == 2:
+        if len(saved) == 8:
             raise Stopped
 
     monkeypatch.setattr(jedi, "save_checkpoint", save_then_stop)
@@ -194,8 +195,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     flags = command_line(MICRO)
     assert jedi.main([*flags, "--run-dir", str(tmp_path / "r")]) == 1
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "the reward update is not finite" in err
-    assert not (tmp_path / "r" / "checkpoint.pt").exists() and not (tmp_path / "r" / "result.json").exists()
+    assert err.count("\n") == 1 and "update 1 of the reward part is not finite" in err
+    assert not (tmp_path / "r" / "result.json").exists()
+    saved = torch.load(tmp_path / "r" / "nonfinite_reward_1.pt", weights_only=True)
+    assert saved["batch"]["frames"].shape == (3, 8, 64, 64, 3) and saved["update"] == 1
+    # The checkpoint is the one from before: no reward update in it, nothing in it that is not finite.
+    checkpoint = torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["phase"] == "reward" and checkpoint["updates"]["reward"] == 0
+    assert all(v.isfinite().all() for v in checkpoint["agent"].values())
 
 
 def test_imagined_and_recorded_play_are_aligned(counted):

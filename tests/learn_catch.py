@@ -1,0 +1,77 @@
+"""Train the whole of JEDI on Catch and say how well it plays: python tests/learn_catch.py --seed 0
+
+The last line is one JSON object: mean_return of 100 games (random -0.6, perfect +1), seconds, and the seed.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import jedi_atari as jedi  # noqa: E402
+
+# Narrow networks and few updates; the algorithm is the main script's.
+CATCH = dict(
+    env_id="toys:Catch-v0",
+    preset="tiny",
+    checkpoint_every=100,
+    eval_every=100,
+    eval_episodes=20,
+    final_episodes=100,
+    eval_envs=20,
+    heldout_steps=200,
+    max_episode_steps=100,
+    total_steps=1_500,
+    first_steps_min=1_000,
+    first_steps_max=1_000,
+    first_diffusion_updates=250,
+    first_reward_updates=250,
+    first_policy_updates=60,
+    epoch_steps=100,
+    diffusion_updates=40,
+    reward_updates=40,
+    policy_updates=60,
+    final_epochs=0,
+    batch_size=16,
+    encoder_width=8,
+    denoiser_width=32,
+    cond_dim=64,
+    reward_width=8,
+    reward_cond_dim=32,
+    lstm_size=128,
+    latent_norm="center",
+    sigma_offset=0.1,
+    reward_noise=0.1,
+    learning_rate=1e-3,
+    encoder_lr_scale=0.03,
+    warmup_updates=20,
+    reward_window=2,
+    horizon=6,
+    sample_steps=2,
+    entropy_weight=0.01,
+)
+
+
+def learn_catch(seed: int, run_dir: Path, **changes) -> dict:
+    """One run; returns its figures."""
+    begun = time.monotonic()
+    result = jedi.train(jedi.Args(**{**CATCH, "seed": seed, "run_dir": str(run_dir), **changes}))
+    keys = ("mean_return", "open_loop_ratio", "reward_recall", "peak_memory_bytes", "measures")
+    return {"seed": seed, "seconds": round(time.monotonic() - begun, 1), **{key: result[key] for key in keys}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(learn_catch(args.seed, Path(folder) / "run", threads=args.threads)))
+
+
+if __name__ == "__main__":
+    main()
