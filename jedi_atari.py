@@ -348,6 +348,14 @@ class Game(gym.Wrapper):
         frame = np.maximum(shown[-2], shown[-1]) if len(shown) > 1 else shown[-1]
         return self.resize(frame), reward, terminated, truncated, {**info, "life_loss": life_loss}
 
+    def state(self) -> dict[str, int]:
+        """What the next step depends on beside the emulator and its generator."""
+        return {"lives": int(self.lives), "steps": self.steps}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """The opposite of `state`."""
+        self.lives, self.steps = state["lives"], state["steps"]
+
     def resize(self, frame: np.ndarray) -> np.ndarray:
         """(h, w, 3) -> (64, 64, 3), by area interpolation."""
         if frame.shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
@@ -374,6 +382,11 @@ def make_env(args: Args) -> Game:
     if not (isinstance(env.action_space, gym.spaces.Discrete) and env.action_space.start == 0):
         raise BadInput(f"{args.env_id} takes {env.action_space}; supported are finite actions, Discrete(n)")
     return Game(env, 1, 0, args.max_episode_steps)
+
+
+def final_environments(args: Args) -> dict[str, Args]:
+    """The environments of the final evaluation, by name, as the arguments that make them; the first is trained in."""
+    return {"plain": args}
 
 
 # ======================================================================================================================
@@ -1522,7 +1535,7 @@ class StopSignals:
             self.at_once = False
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a new file, bring it to disk, then let it take the place of `path`. A failure leaves `path` as it was."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -1551,8 +1564,7 @@ def collector_state(collector: Collector) -> dict:
     return {
         "game": game,
         "np_random": json.dumps(env.unwrapped.np_random.bit_generator.state),
-        "lives": int(env.lives),
-        "game_steps": env.steps,
+        "wrapper": env.state(),
         "frame": torch.from_numpy(collector.frame.copy()),
         "lstm": collector.state,
         "episode_return": collector.episode_return,
@@ -1575,7 +1587,8 @@ def restore_collector(collector: Collector, saved: dict, replay: ReplayBuffer, d
         collector.frame, _ = env.reset()
         return
     env.unwrapped.restore_state(ale_py.ALEState(game["emulator"].numpy().tobytes()))
-    env.lives, env.steps, collector.frame = saved["lives"], saved["game_steps"], frame
+    env.set_state(saved["wrapper"])
+    collector.frame = frame
     collector.state = None if saved["lstm"] is None else tuple(s.to(device) for s in saved["lstm"])
     collector.episode_return = saved["episode_return"]
 
@@ -1609,10 +1622,14 @@ CHECKPOINT_FORMAT = 1
 SEAL = struct.Struct("<4sIQI")  # b"JEDI", format, length, checksum
 
 
-def seal(archive: bytes) -> bytes:
-    """Append the seal to a torch.save file, as the comment of its zip archive."""
-    archive = archive[:-2] + struct.pack("<H", SEAL.size)  # the last field is the comment's length
-    return archive + SEAL.pack(b"JEDI", CHECKPOINT_FORMAT, len(archive), zlib.crc32(archive))
+def seal(archive: io.BytesIO) -> memoryview:
+    """Append the seal to a torch.save file, as the comment of its zip archive; in place, since it can be large."""
+    with archive.getbuffer() as view:
+        view[-2:] = struct.pack("<H", SEAL.size)  # the last field is the comment's length
+        length, checksum = len(view), zlib.crc32(view)
+    archive.seek(length)
+    archive.write(SEAL.pack(b"JEDI", CHECKPOINT_FORMAT, length, checksum))
+    return archive.getbuffer()
 
 
 def unseal(path: Path) -> bytes:
@@ -1639,7 +1656,7 @@ def save_checkpoint(run_dir: Path, content: dict) -> None:
     path, previous, new = (run_dir / f"checkpoint{name}.pt" for name in ("", ".prev", ".new"))
     archive = io.BytesIO()
     torch.save(content, archive)
-    write_atomically(new, seal(archive.getvalue()))
+    write_atomically(new, seal(archive))
     if path.exists():  # a second name, not a move: at no moment is there no checkpoint.pt
         previous.unlink(missing_ok=True)
         os.link(path, previous)
@@ -1987,10 +2004,11 @@ class Run:
     updates: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     untrained: dict = dataclasses.field(default_factory=dict)  # returns and measures before training
     wall_seconds: float = 0.0  # of earlier processes of this run
+    rng_before: dict | None = None  # the generators before the evaluations of this phase
 
     def enter(self, phase: str) -> None:
         """Begin the next phase."""
-        self.phase, self.done, self.meter = phase, 0, Meter()
+        self.phase, self.done, self.meter, self.rng_before = phase, 0, Meter(), None
 
     def seconds(self) -> float:
         """Time spent on this run, earlier processes counted in."""
@@ -2058,6 +2076,8 @@ def train(args: Args, signals: StopSignals | None = None) -> dict:
             run_epochs(run)
             return finish_run(run, name)
         except Stopped:
+            if run.rng_before:  # an evaluation was struck: it will be played from its beginning
+                set_rng_state(run.rng_before, device)
             checkpoint(run)
             command = f"python {Path(__file__).name} --resume --run-dir {run_dir}"
             raise Stopped(f"epoch {run.epoch + 1}, {run.phase} {run.done}; carry on with: {command}") from None
@@ -2226,28 +2246,30 @@ def epoch_line(run: Run, metrics: dict[str, float | None]) -> str:
     return ", ".join(parts) + f", {clock(run.progress.run_left())} left"
 
 
-def evaluation_phase(run: Run, episodes: int, title: str) -> tuple[dict, Evaluation]:
-    """Play, then measure the world model on that play. A signal may strike: a resumed run plays all of it again."""
+def evaluation_phase(run: Run, episodes: int, title: str, args: Args | None = None) -> tuple[dict, Evaluation]:
+    """Play, in another environment if `args` are given, then measure the world model on that play. A signal may
+    strike: a resumed run plays all of it again."""
     run.progress.start(title, "games", episodes)
     # Seeds of evaluation games lie apart from those of training and of each other.
     epoch = run.epoch + (run.phase == "evaluate")
     seed = 1_000_000_000 + (run.args.seed * 100_003 + epoch * 1_009 + episodes) % 1_000_000_000
-    before = rng_state(run.device)
-    try:
-        with run.signals.may_strike():
-            evaluation = evaluate(run.agent, run.args, run.device, episodes, seed, run.progress)
-            measures = measure_world_model(run.agent, evaluation.heldout, run.args)
-    except Stopped:
-        set_rng_state(before, run.device)
-        raise
+    run.rng_before = run.rng_before or rng_state(run.device)
+    with run.signals.may_strike():
+        evaluation = evaluate(run.agent, args or run.args, run.device, episodes, seed, run.progress)
+        measures = measure_world_model(run.agent, evaluation.heldout, run.args)
     run.progress.finish()
     return measures, evaluation
 
 
 def finish_run(run: Run, name: str) -> dict:
     """The final evaluation, the table of what was learned, and result.json, written last."""
-    args = run.args
+    args, environments = run.args, final_environments(run.args)
+    (trained_in, _), *others = environments.items()
     measures, evaluation = evaluation_phase(run, args.final_episodes, "final evaluation")
+    elsewhere = {}
+    for other, other_args in others:
+        _, played = evaluation_phase(run, args.final_episodes, f"final evaluation, {other}", other_args)
+        elsewhere[other] = {"returns": played.returns, "mean_return": float(np.mean(played.returns))}
     mean = float(np.mean(evaluation.returns))
     run.logger.log(run.epoch, {"final/mean_return": mean, **flatten_measures(measures)})
     run.logger.flush()
@@ -2258,11 +2280,13 @@ def finish_run(run: Run, name: str) -> dict:
         "preset": args.preset,
         "env_steps": run.collector.steps,
         "updates": run.updates,
+        "environment": trained_in,
         "returns": evaluation.returns,
         "lengths": evaluation.lengths,
         "mean_return": mean,
         "std_return": float(np.std(evaluation.returns)),
         "human_normalized_score": human_normalized(name, mean),
+        "other_environments": elsewhere,
         "returns_untrained": run.untrained["returns"],
         "open_loop_ratio": measures["open_loop_ratio"],
         "open_loop_ratio_untrained": run.untrained["open_loop_ratio"],
