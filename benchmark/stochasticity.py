@@ -1,0 +1,274 @@
+"""Does the world model know how uncertain it should be? Skill, and the spread of samples, with and without chance.
+
+    python benchmark/stochasticity.py                       # two games, plain and stochastic; minutes on a CPU
+    python benchmark/stochasticity.py --games Krull --updates 1000
+
+For each game, played plainly and with sticky actions and random frame skips: train encoder and denoiser on random play,
+then, on other play,
+
+- skill: error of latents imagined 1 and 5 steps ahead over the error of "nothing changes" (below 1 is skill);
+- spread: at saved states of the emulator the same action is played many times with other draws of chance. The standard
+  deviation of the latents that follow is the true spread; that of as many samples of the model, given the same past,
+  is the model's. Their ratio should be 1; over the states, their rank correlation says whether the model is unsure
+  where the game is. Without chance the true spread is 0; the model's is given as a share of a step's typical change.
+
+Settings compared: 1, 3 and 10 sampling steps; no churn and `s_churn` 1; and the sampler's first noise of unit variance,
+as the script has it, or multiplied by sigma_max, as in EDM's algorithm 2.
+
+Writes raw figures (JSON), a table (Markdown) and a picture (PNG) to --out.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jedi_atari_stochastic as jedi
+
+STEPS, CHURNS, STARTS = (1, 3, 10), (0.0, 1.0), ("unit", "sigma_max")
+CHANCE = {
+    "plain": dict(frame_skip_min=4, frame_skip_max=4, sticky_prob=0.0),
+    "stochastic": dict(frame_skip_min=2, frame_skip_max=6, sticky_prob=0.25),
+}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def sampler(start: str):
+    """`sample_next_latent` of the script, or the same from a first noise of level sigma_max."""
+    original = jedi.sample_next_latent
+    if start == "unit":
+        return original
+
+    def scaled(agent, context, actions, args):
+        randn_like, first = torch.randn_like, [True]
+
+        def noise(x, **options):
+            factor = args.sample_sigma_max if first[0] else 1.0  # the first noise that it draws is the start
+            first[0] = False
+            return factor * randn_like(x, **options)
+
+        torch.randn_like = noise
+        try:
+            return original(agent, context, actions, args)
+        finally:
+            torch.randn_like = randn_like
+
+    return scaled
+
+
+def play(args: jedi.Args, agent: jedi.Agent, seed: int, steps: int) -> jedi.ReplayBuffer:
+    """Random play: the untrained policy is uniform."""
+    collector = jedi.Collector(dataclasses.replace(args, seed=seed))
+    buffer = jedi.ReplayBuffer(2 * steps, DEVICE)
+    for _ in range(steps):
+        collector.step(agent, buffer, DEVICE)
+    collector.env.close()
+    buffer.flush()
+    return buffer
+
+
+def train_world_model(args: jedi.Args, updates: int, steps: int) -> tuple[jedi.Agent, float]:
+    """Encoder and denoiser trained on `steps` steps of random play; returns the last 50 updates' mean loss too."""
+    jedi.seed_everything(args.seed)
+    env = jedi.make_env(args)
+    agent = jedi.Agent(int(env.action_space.n), args).to(DEVICE)
+    env.close()
+    buffer = play(args, agent, args.seed, steps)
+    part = jedi.make_parts(agent, args, DEVICE)["diffusion"]
+    meter = jedi.Meter()
+    for number in range(updates):
+        metrics = jedi.update(agent, part, part.sample(buffer), number, args, False)
+        if number >= updates - 50:
+            meter.add(metrics)
+    return agent, meter.read()["loss"]
+
+
+@torch.no_grad()
+def skill(agent: jedi.Agent, heldout: jedi.ReplayBuffer, args: jedi.Args, start: str) -> dict[str, float]:
+    """Error of latents imagined 1 and 5 steps ahead over that of "nothing changes"."""
+    n = args.context_frames
+    windows = heldout.all_windows(n + 5, stride=1, count=96)
+    z = agent.encode(windows.frames)
+    original, jedi.sample_next_latent = jedi.sample_next_latent, sampler(start)
+    try:
+        imagined = jedi.open_loop(agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args)
+    finally:
+        jedi.sample_next_latent = original
+    error = (imagined - z[:, n:]).square().mean((0, 2, 3, 4))
+    copy = (z[:, n - 1 : n] - z[:, n:]).square().mean((0, 2, 3, 4))
+    return {f"skill_{k}": (error[k - 1] / copy[k - 1]).item() for k in (1, 5)}
+
+
+@dataclasses.dataclass
+class Situation:
+    """A moment of a game, and what truly followed the same action with other draws of chance."""
+
+    frames: torch.Tensor  # (N, 64, 64, 3) the last N frames
+    actions: torch.Tensor  # (N,) the actions at them; the last one is the one whose outcomes follow
+    outcomes: torch.Tensor  # (draws, 64, 64, 3)
+
+
+def situations(args: jedi.Args, seed: int, count: int, draws: int) -> list[Situation]:
+    """Moments spread over random play; at each the emulator is set back and plays on, `draws` times."""
+    env, n = jedi.make_env(args), args.context_frames
+    rng = np.random.default_rng(seed)
+    frames, actions, found, since = [env.reset(seed=seed)[0]], [], [], 0
+    while len(found) < count:
+        action = int(rng.integers(env.action_space.n))
+        if len(frames) >= n and since >= 25:
+            past = torch.from_numpy(np.stack(frames[-n:]))
+            taken = torch.tensor([*actions[len(actions) - n + 1 :], action])
+            found.append(Situation(past, taken, torch.from_numpy(outcomes(env, action, draws, seed))))
+            since = 0
+        frame, _, terminated, truncated, info = env.step(action)
+        frames.append(frame)
+        actions.append(action)
+        since += 1
+        if terminated or truncated or info["life_loss"]:
+            if terminated or truncated:
+                frame = env.reset()[0]
+            frames, actions = [frame], []
+    env.close()
+    return found
+
+
+def outcomes(env: jedi.Game, action: int, draws: int, seed: int) -> np.ndarray:
+    """(draws, 64, 64, 3) frames after `action` from the present state; the game stays as it was."""
+    emulator, wrapper = env.unwrapped.clone_state(include_rng=True), env.state()
+    generator, result = env.unwrapped.np_random, []
+    for draw in range(draws):
+        env.unwrapped.np_random = np.random.default_rng((seed, draw))
+        result.append(env.step(action)[0])
+        env.unwrapped.restore_state(emulator)
+        env.set_state(wrapper)
+    env.unwrapped.np_random = generator
+    return np.stack(result)
+
+
+def deviation(z: torch.Tensor) -> float:
+    """Root of the mean variance of latents (draws, 16, 8, 8) over the draws."""
+    return z.var(dim=0).mean().sqrt().item()
+
+
+@torch.no_grad()
+def spread(agent: jedi.Agent, moments: list[Situation], args: jedi.Args, start: str) -> dict:
+    """The model's spread and the true one at each moment, and what sums them up."""
+    sample, model, true, change = sampler(start), [], [], []
+    for moment in moments:
+        z = agent.encode(moment.frames[None].to(DEVICE))
+        after = agent.encode(moment.outcomes[None].to(DEVICE))[0]
+        draws = len(after)
+        actions = moment.actions[None].expand(draws, -1).to(DEVICE)
+        model.append(deviation(sample(agent, z.expand(draws, -1, -1, -1, -1), actions, args)))
+        true.append(deviation(after))
+        change.append((after - z[:, -1]).square().mean().item())
+    total_true = math.sqrt(np.mean(np.square(true)))
+    total_model = math.sqrt(np.mean(np.square(model)))
+    random_game = total_true > 0
+    return {
+        "spread_model": model,
+        "spread_true": true,
+        "spread_ratio": total_model / total_true if random_game else None,
+        "spread_rank_correlation": float(spearmanr(model, true).statistic) if random_game else None,
+        "spread_share_of_change": total_model / math.sqrt(np.mean(change)),
+    }
+
+
+def measure(game: str, chance: str, options: argparse.Namespace) -> list[dict]:
+    """All settings on one game."""
+    begun = time.monotonic()
+    args = jedi.Args(**{**jedi.PRESETS["tiny"], "env_id": game, "compile": False, **CHANCE[chance]})
+    agent, loss = train_world_model(args, options.updates, options.steps)
+    heldout = play(args, agent, 1_000 + args.seed, 1_000)
+    moments = situations(args, 2_000 + args.seed, options.situations, options.draws)
+    rows = []
+    for steps, churn, start in itertools.product(STEPS, CHURNS, STARTS):
+        setting = dataclasses.replace(args, sample_steps=steps, s_churn=churn)
+        torch.manual_seed(0)
+        row = {"game": game, "chance": chance, "sample_steps": steps, "s_churn": churn, "start": start, "loss": loss}
+        rows.append({**row, **skill(agent, heldout, setting, start), **spread(agent, moments, setting, start)})
+    print(f"{game} {chance}: diffusion loss {loss:.3f}, {time.monotonic() - begun:.0f} s", flush=True)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown."""
+    lines = [
+        "| game | chance | sampling steps | churn | start | error after 1 | after 5 | spread / true | rank correlation "
+        "| spread / change |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def show(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    for row in rows:
+        cells = [row["game"], row["chance"], str(row["sample_steps"]), f"{row['s_churn']:g}", row["start"]]
+        keys = ("skill_1", "skill_5", "spread_ratio", "spread_rank_correlation", "spread_share_of_change")
+        lines.append("| " + " | ".join(cells + [show(row[key]) for key in keys]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(rows: list[dict], path: Path) -> None:
+    """The model's spread against the true one, moment by moment, for four settings of each game."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    games = sorted({row["game"] for row in rows})
+    settings = [(3, 1.0, "unit"), (3, 1.0, "sigma_max"), (10, 0.0, "sigma_max"), (10, 1.0, "sigma_max")]
+    figure, axes = plt.subplots(len(games), len(settings), figsize=(13, 3.4 * len(games)), squeeze=False)
+    for game, line in zip(games, axes, strict=True):
+        chosen = [r for r in rows if r["game"] == game and r["chance"] == "stochastic"]
+        limit = 1.08 * max(max(r["spread_true"] + r["spread_model"]) for r in chosen)
+        for axis, (steps, churn, start) in zip(line, settings, strict=True):
+            row = next(r for r in chosen if (r["sample_steps"], r["s_churn"], r["start"]) == (steps, churn, start))
+            axis.plot([0, limit], [0, limit], color="0.6", linewidth=1)
+            axis.scatter(row["spread_true"], row["spread_model"], s=18, color="#0072B2", alpha=0.8)
+            axis.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
+            axis.set_title(f"{game}: {steps} steps, churn {churn:g}, start {start}", fontsize=9)
+            axis.set_xlabel("true spread", fontsize=9)
+        line[0].set_ylabel("the model's spread", fontsize=9)
+    figure.suptitle("Standard deviation of the next latent at saved states: a model that knows lies on the line")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--games", nargs="+", default=["Pong", "Breakout"])
+    parser.add_argument("--updates", type=int, default=350, help="diffusion updates")
+    parser.add_argument("--steps", type=int, default=4_000, help="environment steps trained on")
+    parser.add_argument("--situations", type=int, default=24, help="states at which the spread is measured")
+    parser.add_argument("--draws", type=int, default=32, help="draws of chance, and samples, at each")
+    parser.add_argument("--out", type=Path, default=Path("results/stochasticity"))
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows = [row for game in options.games for chance in CHANCE for row in measure(game, chance, options)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    about = {
+        "updates": options.updates,
+        "steps": options.steps,
+        "commit": jedi.git_commit(),
+        "versions": jedi.versions(),
+    }
+    jedi.write_json(options.out / "stochasticity.json", {**about, "rows": rows})
+    (options.out / "stochasticity.md").write_text(table(rows))
+    picture(rows, options.out / "stochasticity.png")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""It learns: whole runs on Catch; a world model of a ball that drifts by chance. `python -m pytest -m learning`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import drift
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import toys
+
+HERE = Path(__file__).resolve().parent
+
+
+def test_catch_is_the_game_that_it_says():
+    """Perfect play returns +1 always, random play -0.6 on average; five steps a game."""
+    env, rng = gym.make("Catch-v0"), np.random.default_rng(0)
+    returns = {"perfect": [], "random": []}
+    for player in returns:
+        for game in range(400):
+            env.reset(seed=game)
+            total, over, steps = 0.0, False, 0
+            while not over:
+                toy = env.unwrapped
+                toward = int(np.sign(toy.ball - toy.paddle)) + 1
+                _, reward, over, _, _ = env.step(toward if player == "perfect" else int(rng.integers(3)))
+                total, steps = total + reward, steps + 1
+            assert steps == toys.ROWS - 1
+            returns[player].append(total)
+    assert np.mean(returns["perfect"]) == 1.0
+    assert np.mean(returns["random"]) == pytest.approx(-0.6, abs=0.12)
+
+
+def test_the_picture_shows_the_state():
+    frames = torch.from_numpy(np.stack([toys.draw(ball, row, 2) for ball in range(5) for row in range(6)]))
+    assert drift.ball_columns(frames).tolist() == [ball for ball in range(5) for _ in range(6)]
+    assert len({frame.numpy().tobytes() for frame in frames}) == 30
+
+
+def test_the_drift_is_the_one_that_it_says():
+    env, counts = gym.make("DriftingCatch-v0"), np.zeros((5, 5))
+    env.reset(seed=0)
+    for _ in range(6_000):
+        before = env.unwrapped.ball
+        if env.step(1)[2]:
+            counts[before, env.unwrapped.ball] += 1
+            env.reset()
+        else:
+            counts[before, env.unwrapped.ball] += 1
+    assert drift.total_variation(counts / counts.sum(1, keepdims=True), 0.25).max() < 0.04
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_jedi_learns_catch(seed):
+    command = [sys.executable, str(HERE / "learn_catch.py"), "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1_800)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    assert found["mean_return"] >= 0.9
