@@ -1467,7 +1467,7 @@ class FiniteCheck:
         self.waiting: collections.deque = collections.deque()
 
     def add(self, name: str, number: int, metrics: dict[str, Tensor], batch: Windows) -> None:
-        """Look at the update before the `number`-th of part `name`, or at this one. Raises `RunFailed`."""
+        """Note the `number`-th update of part `name`; look at it, or on a GPU at the one before. Raises `RunFailed`."""
         self.waiting.append((name, number, metrics, batch))
         self.look(self.delay)
 

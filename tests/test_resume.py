@@ -236,6 +236,15 @@ def test_a_read_only_folder(tmp_path):
         subprocess.run(["umount", str(run_dir)], check=True)
 
 
+def test_out_of_memory_is_one_line():
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (6_000_000_000, 6_000_000_000))
+
+    command = [sys.executable, str(ROOT / "jedi_atari.py"), "--preset", "tiny", "--batch-size", "4096", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=limit)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "out of memory" in done.stderr, done.stderr
+
+
 def test_the_replay_can_go_when_the_result_is_there(tmp_path):
     assert finish(start(tmp_path / "r", "never:1:9", "--no-keep-replay")) == (0, "")
     assert (tmp_path / "r" / "result.json").exists() and not (tmp_path / "r" / "replay.bin").exists()
