@@ -205,3 +205,27 @@ def test_a_checkpoint_of_the_main_script_is_refused(tmp_path, capsys):
     (tmp_path / "args.json").write_text(args)
     assert stochastic.main(["--resume", "--run-dir", str(tmp_path)]) == 2
     assert "use that script" in capsys.readouterr().err
+
+
+def test_the_documented_table_is_the_measured_one():
+    measured = (ROOT / "results" / "stochasticity" / "stochasticity.md").read_text()
+    assert measured in (ROOT / "docs" / "stochasticity.md").read_text()
+    rows = json.loads((ROOT / "results" / "stochasticity" / "stochasticity.json").read_text())["rows"]
+    assert len(rows) == measured.count("\n") - 2
+    for row, line in zip(rows, measured.splitlines()[2:], strict=True):
+        assert f"| {row['game']} | {row['chance']} |" in line and f"| {row['skill_1']:.2f} |" in line
+
+
+def test_the_emulator_is_set_back_exactly_between_draws():
+    """The measured true spread: outcomes differ with chance, agree without it, and leave the game as it was."""
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import stochasticity
+
+    for low, high, sticky in ((2, 6, 0.25), (4, 4, 0.0)):
+        env, twin = make(5, low, high, sticky), make(5, low, high, sticky)
+        frames = stochasticity.outcomes(env, 2, 12, seed=0)
+        again = stochasticity.outcomes(env, 2, 12, seed=0)
+        assert np.array_equal(frames, again)
+        assert (len({f.tobytes() for f in frames}) == 1) == (low == high)
+        for _ in range(50):  # the game goes on as one at which nobody looked
+            assert np.array_equal(env.step(3)[0], twin.step(3)[0])
