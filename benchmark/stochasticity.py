@@ -21,6 +21,7 @@ Writes raw figures (JSON), a table (Markdown) and a picture (PNG) to --out.
 import argparse
 import dataclasses
 import itertools
+import json
 import math
 import sys
 import time
@@ -226,8 +227,8 @@ def picture(rows: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     games = sorted({row["game"] for row in rows})
-    settings = [(3, 1.0, "unit"), (3, 1.0, "sigma_max"), (10, 0.0, "sigma_max"), (10, 1.0, "sigma_max")]
-    figure, axes = plt.subplots(len(games), len(settings), figsize=(13, 3.4 * len(games)), squeeze=False)
+    settings = [(3, 0.0, "unit"), (3, 1.0, "unit"), (3, 1.0, "sigma_max"), (10, 1.0, "sigma_max")]
+    figure, axes = plt.subplots(len(games), len(settings), figsize=(13, 3.9 * len(games)), squeeze=False)
     for game, line in zip(games, axes, strict=True):
         chosen = [r for r in rows if r["game"] == game and r["chance"] == "stochastic"]
         limit = 1.08 * max(max(r["spread_true"] + r["spread_model"]) for r in chosen)
@@ -236,12 +237,19 @@ def picture(rows: list[dict], path: Path) -> None:
             axis.plot([0, limit], [0, limit], color="0.6", linewidth=1)
             axis.scatter(row["spread_true"], row["spread_model"], s=18, color="#0072B2", alpha=0.8)
             axis.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
-            axis.set_title(f"{game}: {steps} steps, churn {churn:g}, start {start}", fontsize=9)
+            axis.set_title(f"{game}, {steps} sampling steps\nchurn {churn:g}, start {start}", fontsize=9)
             axis.set_xlabel("true spread", fontsize=9)
         line[0].set_ylabel("the model's spread", fontsize=9)
     figure.suptitle("Standard deviation of the next latent at saved states: a model that knows lies on the line")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def write_up(rows: list[dict], out: Path) -> None:
+    """Table and picture."""
+    (out / "stochasticity.md").write_text(table(rows))
+    picture(rows, out / "stochasticity.png")
+    print(table(rows))
 
 
 def main() -> None:
@@ -253,9 +261,13 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=32, help="draws of chance, and samples, at each")
     parser.add_argument("--out", type=Path, default=Path("results/stochasticity"))
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--redraw", action="store_true", help="make table and picture again from the figures in --out")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.redraw:
+        write_up(json.loads((options.out / "stochasticity.json").read_text())["rows"], options.out)
+        return
     rows = [row for game in options.games for chance in CHANCE for row in measure(game, chance, options)]
     options.out.mkdir(parents=True, exist_ok=True)
     about = {
@@ -265,9 +277,7 @@ def main() -> None:
         "versions": jedi.versions(),
     }
     jedi.write_json(options.out / "stochasticity.json", {**about, "rows": rows})
-    (options.out / "stochasticity.md").write_text(table(rows))
-    picture(rows, options.out / "stochasticity.png")
-    print(table(rows))
+    write_up(rows, options.out)
 
 
 if __name__ == "__main__":
