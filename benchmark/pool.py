@@ -1,0 +1,69 @@
+"""What benchmark.sh asks about runs and arguments and bash cannot answer. Needs the standard library alone.
+
+python pool.py results OUT < runs          one line per run of stdin (`Pong/seed0`): what its result.json says
+python pool.py check SCRIPT ARGUMENTS...   are these arguments fit for the script? Writes nothing, trains nothing
+"""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+SEPARATOR = "\t"
+
+
+def read_result(folder: Path, game: str, seed: int) -> tuple[str, ...]:
+    """`("none",)`, `("ok", mean return, human-normalised score, seconds)`, or `("broken", why)`."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return ("none",)
+    except OSError as error:
+        return "broken", f"cannot be read: {error.strerror}"
+    except ValueError:  # no JSON, or no text at all
+        return "broken", "is half written"
+    if not isinstance(result, dict):
+        return "broken", "is not a run's result"
+    numbers = [result.get("mean_return"), result.get("wall_seconds"), *(result.get("returns") or [None])]
+    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+        return "broken", "lacks returns, mean_return or wall_seconds"
+    if (result.get("env_id"), result.get("seed")) != (game, seed):
+        return "broken", f"is of another run, {result.get('env_id')} seed {result.get('seed')}"
+    score = result.get("human_normalized_score")
+    shown = f"{score:.3f}" if isinstance(score, (int, float)) else "-"
+    return "ok", f"{result['mean_return']:.1f}", shown, str(round(result["wall_seconds"]))
+
+
+def results(out: Path) -> int:
+    for run in sys.stdin.read().split():
+        game, _, seed = run.rpartition("/seed")
+        print(run, *read_result(out / run, game, int(seed)), sep=SEPARATOR)
+    return 0
+
+
+def check(script: Path, argv: list[str]) -> int:
+    """Let the script's own parser judge the arguments, once, before they are given to every run."""
+    sys.dont_write_bytecode = True
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[script.stem] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        print(f"{script} cannot be imported: {text}; is it all installed (requirements.txt), or is --python another?")
+        return 2
+    if not hasattr(module, "parse_args"):
+        return 0  # a script of another kind judges for itself when it runs
+    try:
+        module.check_args(module.parse_args(argv))
+    except module.BadInput as error:
+        print(f"{script.name} refuses its arguments: {error}")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    task, place, *rest = sys.argv[1:]
+    sys.exit(check(Path(place), rest) if task == "check" else results(Path(place)))
