@@ -98,7 +98,7 @@ class Args:
     eval_only: str = ""  # folder of a run: play --final-episodes games with its checkpoint, train nothing
     dry_run: bool = False  # print the plan and its cost on this device, then stop; writes nothing
     checkpoint_every: int = 10  # epochs between checkpoints; the long first epoch has one after each phase [C]
-    keep_replay: bool = True  # --no-keep-replay deletes the recorded play once result.json is written
+    keep_replay: bool = True  # --no-keep-replay deletes the recorded play once result.json is written [C]
     # --- environment
     frame_skip: int = 4  # emulator frames per action, the last two max-pooled [D]
     noop_max: int = 30  # at most so many no-ops at the start of a game [D]

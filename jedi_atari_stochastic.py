@@ -100,7 +100,7 @@ class Args:
     eval_only: str = ""  # folder of a run: play --final-episodes games with its checkpoint, train nothing
     dry_run: bool = False  # print the plan and its cost on this device, then stop; writes nothing
     checkpoint_every: int = 10  # epochs between checkpoints; the long first epoch has one after each phase [C]
-    keep_replay: bool = True  # --no-keep-replay deletes the recorded play once result.json is written
+    keep_replay: bool = True  # --no-keep-replay deletes the recorded play once result.json is written [C]
     # --- environment
     frame_skip_min: int = 2  # emulator frames per action: drawn uniformly from this ... [P]
     frame_skip_max: int = 6  # ... to this, both included; the last two are max-pooled [P]
