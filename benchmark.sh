@@ -417,11 +417,11 @@ write_state() { # write_state RUN WORDS...
     mv "$OUT/$1/state.txt.tmp" "$OUT/$1/state.txt"
 }
 
+SIGNALS=(INT TERM HUP USR1)
 STOP='' # the signal that asked us to stop
 SHOWN='' SHOWN_AT=-1000 LEFT='' LEFT_AT=-1000
 declare -a PIDS=() WHAT=() BEGAN=() # of each slot: its process, its run, and when that began
 
-# shellcheck disable=SC2329 # called by traps
 stop() { # the first signal lets every run write a checkpoint; a second Ctrl-C does not wait for it
     local signal=TERM pid
     [[ -z $STOP || $1 != INT ]] || signal=INT
@@ -430,7 +430,7 @@ stop() { # the first signal lets every run write a checkpoint; a second Ctrl-C d
 }
 
 begin() { # begin RUN SLOT
-    local dir=$OUT/$1 aside
+    local dir=$OUT/$1 aside word early=()
     read_results "$1" # days may have passed since it was last looked at
     read_state "$1"
     case ${STATE[$1]} in
@@ -452,18 +452,17 @@ begin() { # begin RUN SLOT
     fi
     make_command "$1" "$2"
     printf '=== %s %s: %s\n' "$(date '+%F %T')" "$HOST" "$(printf '%q ' "${COMMAND[@]}")" >>"$dir/log.txt"
-    # In monitor mode a run has a process group of its own: Ctrl-C reaches only this script, which then asks each run
-    # once to stop. And without descriptor 9 the lock of OUT stays ours alone.
-    set -m
-    exec_run "$dir" 9>&- &
+    exec_run "$dir" 9>&- & # without descriptor 9 the lock of OUT stays ours alone
     PIDS[$2]=$! WHAT[$2]=$1 BEGAN[$2]=$SECONDS
-    set +m
     write_state "$1" running "$HOST" "${PIDS[$2]}" "$(start_time "${PIDS[$2]}")"
     STATE[$1]=running
-    [[ -z $STOP ]] || kill -s TERM "${PIDS[$2]}" 2>/dev/null || : # the signal came while it was being started
+    # Until it says so, it ignores signals as the pool does: one that has come in between must wait.
+    while read -r -t 10 -u 8 word && [[ $word != started ]]; do early+=("$word"); done
+    for word in "${early[@]}"; do stop "$word"; done
 }
 
-exec_run() { exec "${COMMAND[@]}" </dev/null >>"$1/log.txt" 2>&1; }
+# The pool ignores signals, and a run would inherit that: pool.py undoes it, then writes "started" to descriptor 8.
+exec_run() { exec "$PYTHON" "$HERE/benchmark/pool.py" start "${COMMAND[@]}" </dev/null >>"$1/log.txt" 2>&1; }
 
 end() { # end SLOT: its process has ended
     local run=${WHAT[$1]} status=0
@@ -523,11 +522,8 @@ status_line() {
 }
 
 pool() { # run all of RUNS that are not finished; returns 0 if all are in the end
-    local todo=() run slot busy
-    trap 'stop INT' INT
-    trap 'stop TERM' TERM
-    trap 'stop HUP' HUP
-    trap 'stop USR1' USR1
+    local todo=() run slot busy signal
+    trap '' "${SIGNALS[@]}" # guard_pool hears them
     trap 'stop EXIT' EXIT # an error of this script leaves no run behind
     for run in "${RUNS[@]}"; do
         if [[ -n ${QUEUE[$run]-} ]]; then
@@ -541,6 +537,7 @@ pool() { # run all of RUNS that are not finished; returns 0 if all are in the en
     done
     for slot in "${!SLOTS[@]}"; do PIDS[slot]=''; done
     while :; do
+        [[ -n $STOP || -n $(start_time $$) ]] || stop TERM # guard_pool was killed: stop in order
         busy=0
         for slot in "${!SLOTS[@]}"; do
             [[ -z ${PIDS[slot]} ]] || kill -0 "${PIDS[slot]}" 2>/dev/null || end "$slot"
@@ -552,24 +549,44 @@ pool() { # run all of RUNS that are not finished; returns 0 if all are in the en
         done
         status_line
         ((busy)) || break
-        sleep 0.5 9>&- &
-        wait $! || : # a signal ends the wait
+        if read -r -t 0.5 -u 8 signal; then stop "$signal"; fi
     done
     [[ ! -t 1 ]] || echo
-    trap - INT TERM HUP USR1 EXIT
+    trap - EXIT
     list_failed
     printf '\n%s\n%s\n' "$OUT" "$(summary)"
     (($(count 'done') == ${#RUNS[@]}))
 }
 
-finish_pool() { # finish_pool STATUS: the exit status, after a word on how to go on
-    (($1)) || exit 0
+run_pool() { # the pool, and a word on how to go on
+    local status=0
+    pool || status=$?
+    ((status)) || exit 0
     if [[ $STOP = USR1 && -n $TASK ]]; then # the warning before the time limit: queue this task again
         scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" || note "not requeued; submit again to carry on"
     fi
     [[ -n $STOP ]] || exit 1
     note "stopped by SIG$STOP; the same call again carries on"
     exit $((128 + $(kill -l "$STOP")))
+}
+
+guard_pool() { # run_pool in a process of its own, which ignores signals; here they are heard and passed on by a pipe
+    # Ctrl-C strikes the whole process group in the foreground, and SLURM all processes of a task. In the midst of its
+    # many small commands the pool could neither tell which of them was struck nor run a trap: bash 5.2 then sometimes
+    # dies of a syntax error. This process does nothing but wait. And the runs are asked to stop once, by the pool.
+    local signal folder status=0 again
+    folder=$(mktemp -d)
+    mkfifo "$folder/signals"
+    exec 8<>"$folder/signals"
+    rm -r "$folder"
+    # shellcheck disable=SC2064 # the signal of now
+    for signal in "${SIGNALS[@]}"; do trap "echo $signal >&8" "$signal"; done
+    set -m # a process group of its own, which no Ctrl-C reaches
+    run_pool &
+    set +m
+    while kill -0 $! 2>/dev/null; do wait $! 2>/dev/null || status=$?; done # a signal ends a wait
+    wait $! 2>/dev/null && again=0 || again=$?
+    exit $((again == 127 ? status : again)) # 127: the last wait in the loop had its status already
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -673,7 +690,7 @@ dry_run() {
 }
 
 main() {
-    local game seed status=0
+    local game seed
     parse "$@"
     read_games
     read_seeds
@@ -714,8 +731,7 @@ main() {
         dry_run
         exit 0
     fi
-    pool || status=$?
-    finish_pool $status
+    guard_pool
 }
 
 main "$@"

@@ -1514,7 +1514,7 @@ class StopSignals:
     def handle(self, signum: int, _frame) -> None:
         """What a signal does."""
         again, self.signum = bool(self.signum), signum
-        if self.at_once:
+        if self.at_once and not again:  # once: a cluster may send its signal twice
             raise Stopped
         if again and signum == signal.SIGINT:
             raise KeyboardInterrupt  # not Stopped: what is under way is no state to save

@@ -1,12 +1,15 @@
-"""What benchmark.sh asks about runs and arguments and bash cannot answer. Needs the standard library alone.
+"""What benchmark.sh asks about runs and arguments and bash cannot answer, and how a run starts. No packages needed.
 
 python pool.py results OUT < runs          one line per run of stdin (`Pong/seed0`): what its result.json says
 python pool.py check SCRIPT ARGUMENTS...   are these arguments fit for the script? Writes nothing, trains nothing
+python pool.py start COMMAND...            become that command, with no signal ignored, and say so on descriptor 8
 """
 
 import importlib.util
 import json
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -64,6 +67,20 @@ def check(script: Path, argv: list[str]) -> int:
     return 0
 
 
+def start(command: list[str]) -> int:
+    """A child ignores what its parent ignores, and a run that ignored SIGTERM could not be stopped while it begins."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    os.write(8, b"started\n")
+    os.close(8)
+    os.execvp(command[0], command)
+
+
+def main(task: str, place: str, *rest: str) -> int:
+    if task == "start":
+        return start([place, *rest])
+    return check(Path(place), list(rest)) if task == "check" else results(Path(place))
+
+
 if __name__ == "__main__":
-    task, place, *rest = sys.argv[1:]
-    sys.exit(check(Path(place), rest) if task == "check" else results(Path(place)))
+    sys.exit(main(*sys.argv[1:]))

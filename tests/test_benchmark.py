@@ -111,7 +111,12 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    return tmp_path / "here"
+    yield tmp_path / "here"
+    for pool in [pool for pool in POOLS if pool.poll() is None]:  # of a test that failed
+        for _ in range(2):
+            pool.send_signal(signal.SIGINT)
+            time.sleep(1)
+        pool.communicate(timeout=30)
 
 
 def command(*arguments: str, script: str = "../stub.py") -> list[str]:
@@ -133,9 +138,12 @@ def benchmark(*arguments: str, script: str = "../stub.py", **env: str) -> subpro
     )
 
 
+POOLS = []
+
+
 def begin(*arguments: str, script: str = "../stub.py", **env: str) -> subprocess.Popen:
     """A pool in a session of its own, as in a terminal, where Ctrl-C reaches the process group in the foreground."""
-    return subprocess.Popen(
+    pool = subprocess.Popen(
         command(*arguments, script=script),
         env={**os.environ, **env},
         stdout=subprocess.PIPE,
@@ -143,6 +151,8 @@ def begin(*arguments: str, script: str = "../stub.py", **env: str) -> subprocess
         text=True,
         start_new_session=True,
     )
+    POOLS.append(pool)
+    return pool
 
 
 def wait_until(condition, what: str, seconds: float = 60) -> None:
@@ -394,8 +404,34 @@ def test_a_second_ctrl_c_does_not_wait(here):
     wait_until(lambda: "a little later" in log(here / "o", "Pong/seed0"), "the first signal")
     assert pool.poll() is None
     os.killpg(pool.pid, signal.SIGINT)
-    pool.communicate(timeout=30)
-    assert pool.returncode == 130 and not alive(pid_of(here / "o", "Pong/seed0") if pool.poll() is None else 0)
+    out, err = pool.communicate(timeout=30)
+    assert pool.returncode == 130 and "0 of 1 done, 0 running, 0 failed" in out, err
+
+
+def test_ctrl_c_at_any_moment(here):
+    """Also while the pool is busy with the small commands that it is made of, and while a run is being started."""
+    for k in range(8):
+        out = here / f"o{k}"
+        pool = begin(
+            f"--games Pong --seeds 0-2 --jobs 3 --out {out}", STUB=" ".join(f"Pong/seed{n}=hold" for n in range(3))
+        )
+        wait_until((out / "Pong/seed0/log.txt").exists, "the pool to begin")
+        time.sleep(k * 0.05)
+        os.killpg(pool.pid, signal.SIGINT)
+        told, err = pool.communicate(timeout=30)
+        assert pool.returncode == 130, (k, told, err)
+        assert "\n0 of 3 done, 0 running, 0 failed, 0 queued, 3 waiting\n" in told, (k, told, err)
+
+
+def test_a_killed_guard_stops_the_runs_in_order(here):
+    pool = begin("--games Pong --seeds 0 --out o", STUB="Pong/seed0=hold")
+    wait_until(ready(here / "o", "Pong/seed0"), "the run")
+    other = benchmark("--games Pong --seeds 1 --out o")
+    assert other.returncode == 2 and "another benchmark.sh is at work" in other.stderr and other.stdout == ""
+    pool.kill()
+    out, _ = pool.communicate(timeout=30)
+    assert "0 of 1 done, 0 running" in out and (here / "o/Pong/seed0/checkpoint.pt").exists()
+    assert benchmark("--games Pong --seeds 0-1 --out o").returncode == 0
 
 
 def test_runs_of_a_killed_pool_are_left_alone(here):
@@ -403,12 +439,11 @@ def test_runs_of_a_killed_pool_are_left_alone(here):
     pool = begin(arguments, STUB="Pong/seed0=hold")
     wait_until(ready(here / "o", "Pong/seed0"), "the run")
     orphan = pid_of(here / "o", "Pong/seed0")
-    other = benchmark(arguments)
-    assert other.returncode == 2 and "another benchmark.sh is at work" in other.stderr and other.stdout == ""
-    pool.kill()
+    parent = int(Path(f"/proc/{orphan}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(parent, signal.SIGKILL)
     pool.communicate()
     try:
-        assert alive(orphan) and table(arguments)["Pong/seed0"][0] == "running"
+        assert pool.returncode == 137 and alive(orphan) and table(arguments)["Pong/seed0"][0] == "running"
         second = benchmark(arguments)
         assert second.returncode == 1 and "Pong/seed0 is being run by another process" in second.stderr
         assert "1 of 2 done, 1 running" in second.stdout and attempts(here / "o", "Pong/seed0") == 1

@@ -174,6 +174,17 @@ def test_a_signal_is_obeyed_within_seconds(tmp_path):
     assert jedi.load_checkpoint(tmp_path / "r", torch.device("cpu"))["script"] == "jedi_atari"
 
 
+def test_a_signal_that_comes_again_raises_once():
+    """A cluster may signal twice; a second Ctrl-C means it, and is no state to save."""
+    signals = jedi.StopSignals()
+    with pytest.raises(jedi.Stopped):
+        signals.handle(signal.SIGTERM, None)
+    signals.handle(signal.SIGTERM, None)
+    signals.handle(signal.SIGUSR1, None)
+    with pytest.raises(KeyboardInterrupt):
+        signals.handle(signal.SIGINT, None)
+
+
 def limit_files(size: int):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
