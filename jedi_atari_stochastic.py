@@ -39,6 +39,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -60,6 +61,7 @@ except ImportError:  # Windows has none
 IMAGE_SIZE = 64  # pixels; frames are 64 x 64 RGB [P, D]
 LATENT_SHAPE = (16, 8, 8)  # channels, height, width [P]
 LATENT_BOUND = 3.0  # the clamp C(z) = 3 tanh(z / 3) keeps every latent value in (-3, 3) [P]
+CPU_CHUNK = 16  # pictures that a CPU puts through convolutions at a time; 8 to 32 were about as fast
 PARTS = ("diffusion", "reward", "policy")  # the three updates, in the order in which an epoch makes them [D]
 REPORTED_HORIZONS = (1, 3, 5, 10, 15)  # imagined steps named in the table at the end of a run
 MAX_OPEN_LOOP = 15  # imagined steps over which the open-loop error is measured, whatever the training horizon
@@ -619,6 +621,17 @@ def zero_(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def in_chunks(network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """network(*inputs); on a CPU for CPU_CHUNK rows at a time.
+
+    A chunk's activations stay in the processor's caches, and memory of their size is used again, where the system
+    hands out every larger tensor anew, cleared. Halves the encoder's time on 2 cores.
+    """
+    if inputs[0].device.type != "cpu":
+        return network(*inputs)
+    return torch.cat([network(*part) for part in zip(*(x.split(CPU_CHUNK) for x in inputs), strict=True)])
+
+
 class EncoderStage(nn.Module):
     """A small residual block: group norm, SiLU, convolution, skip."""
 
@@ -643,15 +656,18 @@ class Encoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """(..., 64, 64, 3) uint8 -> (..., 16, 8, 8) float32."""
-        lead = frames.shape[:-3]
+        z = in_chunks(self.layers, frames.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3))
+        return z.reshape(*frames.shape[:-3], *LATENT_SHAPE)
+
+    def layers(self, frames: Tensor) -> Tensor:
+        """(N, 64, 64, 3) uint8 -> (N, 16, 8, 8) float32."""
         # NHWC bytes read as NCHW: the strides are channels-last already, no copy.
-        x = frames.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
-        x = self.conv_in(x)
+        x = self.conv_in(frames.permute(0, 3, 1, 2).float() / 127.5 - 1)
         for i, stage in enumerate(self.stages):
             x = stage(x)
             if i < 3:
                 x = F.max_pool2d(x, 2)
-        return clamp_latent(x.float()).reshape(*lead, *LATENT_SHAPE)
+        return clamp_latent(x.float())
 
 
 def clamp_latent(z: Tensor) -> Tensor:

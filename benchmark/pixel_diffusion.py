@@ -1,0 +1,297 @@
+"""A pixel diffusion agent of DIAMOND's sizes, the baseline of `speed.py`. It is built for measuring, not for playing.
+
+The same algorithm on frames in place of latents: a U-Net denoises the next 64 x 64 x 3 frame, the reward/termination
+model and the actor-critic each have an encoder of their own (arXiv 2405.12399, appendix D). Its blocks, its diffusion
+mathematics and its optimisers are those of `jedi_atari.py`, and so is every optimisation: frames are uploaded once,
+nothing waits for the device within an update, imagined trajectories have static shapes and are masked, the
+reward/termination model runs once over a whole trajectory. What differs is what must: frames in place of latents.
+13,546,326 parameters at 18 actions.
+
+Shapes: B batch, T time, frames (B, T, 3, 64, 64) in [-1, 1] where the networks see them.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jedi_atari as jedi
+
+CHANNELS, SIZE = 3, jedi.IMAGE_SIZE
+DENOISER_WIDTH, DENOISER_COND, REWARD_WIDTH, REWARD_COND, LSTM_SIZE, LEVELS, BLOCKS = 64, 256, 32, 128, 512, 4, 2
+POLICY_WIDTHS = (32, 32, 64, 64)
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """(..., 64, 64, 3) uint8 -> (..., 3, 64, 64) float32 in [-1, 1]."""
+    return frames.movedim(-1, -3).float() / 127.5 - 1
+
+
+def quantise(x: Tensor) -> Tensor:
+    """The 256 values that a frame can have, in [-1, 1]: what a denoised frame is rounded to."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+class Downsample(nn.Module):
+    """Half the height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Twice the height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = jedi.conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """Four levels of two residual blocks down and three up, two with self-attention in the middle."""
+
+    def __init__(self, width: int, cond_dim: int):
+        super().__init__()
+        self.down = nn.ModuleList(
+            nn.ModuleList(jedi.ResBlock(width, width, cond_dim) for _ in range(BLOCKS)) for _ in range(LEVELS)
+        )
+        self.shrink = nn.ModuleList(Downsample(width) for _ in range(LEVELS - 1))
+        self.middle = nn.ModuleList(jedi.ResBlock(width, width, cond_dim, attention=True) for _ in range(2))
+        self.grow = nn.ModuleList(Upsample(width) for _ in range(LEVELS - 1))
+        self.up = nn.ModuleList(
+            nn.ModuleList(jedi.ResBlock(2 * width, width, cond_dim) for _ in range(BLOCKS + 1)) for _ in range(LEVELS)
+        )
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x (B, width, 64, 64), cond (B, cond_dim) -> the shape of x."""
+        skips = []
+        for level, blocks in enumerate(self.down):
+            if level:
+                x = self.shrink[level - 1](x)
+            skips.append(x)
+            for block in blocks:
+                x = block(x, cond)
+                skips.append(x)
+        for block in self.middle:
+            x = block(x, cond)
+        for level, blocks in enumerate(self.up):
+            if level:
+                x = self.grow[level - 1](x)
+            for block in blocks:
+                x = block(torch.cat([x, skips.pop()], dim=1), cond)
+        return x
+
+
+class PixelDenoiser(nn.Module):
+    """Past frames, past actions and a noisy next frame -> the U-Net's output. The counterpart of `jedi.Denoiser`."""
+
+    def __init__(self, num_actions: int, context_frames: int):
+        super().__init__()
+        width, cond_dim = DENOISER_WIDTH, DENOISER_COND
+        self.register_buffer("fourier", torch.randn(cond_dim // 2))
+        self.action_embedding = nn.Embedding(num_actions, cond_dim // context_frames)
+        self.cond = nn.Sequential(nn.Linear(cond_dim, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+        self.conv_in = jedi.conv3x3((context_frames + 1) * CHANNELS, width)
+        self.unet = UNet(width, cond_dim)
+        self.norm_out = nn.GroupNorm(jedi.group_norm_groups(width), width)
+        self.conv_out = jedi.zero_(jedi.conv3x3(width, CHANNELS))
+
+    def forward(self, x: Tensor, c_noise: Tensor, context: Tensor, actions: Tensor) -> Tensor:
+        """x (B, 3, 64, 64) scaled by c_in, c_noise (B,), context (B, N, 3, 64, 64), actions (B, N) -> like x."""
+        angle = 2 * math.pi * c_noise[:, None] * self.fourier
+        cond = self.cond(torch.cat([angle.cos(), angle.sin()], dim=1) + self.action_embedding(actions).flatten(1))
+        return jedi.in_chunks(self.layers, torch.cat([context.flatten(1, 2), x], dim=1), cond)
+
+    def layers(self, x: Tensor, cond: Tensor) -> Tensor:
+        """The pictures stacked (N, 15, 64, 64) and the conditioning vectors -> (N, 3, 64, 64)."""
+        x = self.unet(self.conv_in(x.contiguous(memory_format=torch.channels_last)), cond)
+        return self.conv_out(F.silu(self.norm_out(x))).float()
+
+
+class PixelReward(nn.Module):
+    """Pairs of frames and actions -> logits of the reward's sign and of termination. Each of its four levels halves
+    the picture but the last. The counterpart of `jedi.RewardTerminationModel`."""
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        width = REWARD_WIDTH
+        self.action_embedding = nn.Embedding(num_actions, REWARD_COND)
+        self.conv_in = jedi.conv3x3(2 * CHANNELS, width)
+        self.levels = nn.ModuleList(
+            nn.ModuleList(jedi.ResBlock(width, width, REWARD_COND) for _ in range(BLOCKS)) for _ in range(LEVELS)
+        )
+        self.shrink = nn.ModuleList(Downsample(width) for _ in range(LEVELS - 1))
+        self.middle = nn.ModuleList(jedi.ResBlock(width, width, REWARD_COND, attention=True) for _ in range(2))
+        self.lstm = nn.LSTM(width * (SIZE >> (LEVELS - 1)) ** 2, LSTM_SIZE, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(LSTM_SIZE, LSTM_SIZE), nn.SiLU(), nn.Linear(LSTM_SIZE, 5, bias=False))
+
+    def features(self, frames: Tensor, actions: Tensor) -> Tensor:
+        """frames (B, T + 1, 3, 64, 64), actions (B, T) -> (B, T, features): all that needs no recurrence."""
+        pairs = torch.cat([frames[:, :-1], frames[:, 1:]], dim=2).flatten(0, 1)
+        x = jedi.in_chunks(self.layers, pairs, self.action_embedding(actions.flatten()))
+        return x.reshape(*actions.shape, -1)
+
+    def layers(self, pairs: Tensor, cond: Tensor) -> Tensor:
+        """Pairs (N, 6, 64, 64) and conditioning vectors -> (N, 32, 8, 8)."""
+        x = self.conv_in(pairs.contiguous(memory_format=torch.channels_last))
+        for level, blocks in enumerate(self.levels):
+            if level:
+                x = self.shrink[level - 1](x)
+            for block in blocks:
+                x = block(x, cond)
+        for block in self.middle:
+            x = block(x, cond)
+        return x
+
+    def forward(self, frames: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """frames (B, T + 1, 3, 64, 64), actions (B, T) -> reward logits (B, T, 3) and end logits (B, T, 2)."""
+        return self.predict(self.lstm(self.features(frames, actions))[0])
+
+    def predict(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """LSTM output (B, T, 512) -> both logits."""
+        return self.head(hidden).float().split([3, 2], dim=-1)
+
+
+class PixelActorCritic(nn.Module):
+    """Frames through a small convolutional encoder and an LSTM. The counterpart of `jedi.ActorCritic`."""
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        widths = (POLICY_WIDTHS[0], *POLICY_WIDTHS)
+        self.conv_in = jedi.conv3x3(CHANNELS, widths[0])
+        self.stages = nn.ModuleList(jedi.EncoderStage(i, o) for i, o in zip(widths, widths[1:], strict=False))
+        self.lstm = nn.LSTM(widths[-1] * (SIZE >> len(self.stages)) ** 2, LSTM_SIZE, batch_first=True)
+        self.policy = jedi.zero_(nn.Linear(LSTM_SIZE, num_actions))
+        self.value = jedi.zero_(nn.Linear(LSTM_SIZE, 1))
+
+    def features(self, frames: Tensor) -> Tensor:
+        """(B, T, 3, 64, 64) -> (B, T, 1024)."""
+        return jedi.in_chunks(self.layers, frames.flatten(0, 1)).reshape(*frames.shape[:2], -1)
+
+    def layers(self, frames: Tensor) -> Tensor:
+        """(N, 3, 64, 64) -> (N, 64, 4, 4)."""
+        x = self.conv_in(frames.contiguous(memory_format=torch.channels_last))
+        for stage in self.stages:
+            x = F.max_pool2d(stage(x), 2)
+        return x
+
+    def heads(self, features: Tensor, state: tuple | None) -> tuple[Tensor, Tensor, tuple]:
+        """Features (B, T, 1024), LSTM state -> action logits (B, T, A), values (B, T), new state."""
+        hidden, state = self.lstm(features, state)
+        return self.policy(hidden).float(), self.value(hidden).float().squeeze(-1), state
+
+
+class PixelAgent(nn.Module):
+    """The three networks."""
+
+    def __init__(self, num_actions: int, args: jedi.Args):
+        super().__init__()
+        self.denoiser = PixelDenoiser(num_actions, args.context_frames)
+        self.reward = PixelReward(num_actions)
+        self.policy = PixelActorCritic(num_actions)
+
+
+def parameter_counts(agent: PixelAgent) -> dict[str, int]:
+    """Trainable parameters of each network."""
+    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in agent.named_children()}
+    return {**counts, "total": sum(counts.values())}
+
+
+def denoise(agent: PixelAgent, x: Tensor, sigma: Tensor, context: Tensor, actions: Tensor, args: jedi.Args) -> Tensor:
+    """D_theta, quantised: x (B, 3, 64, 64) at noise levels sigma (B,) -> the clean frame expected there."""
+    c = jedi.precondition(sigma, args.sigma_data, args.sigma_offset)
+    output = agent.denoiser(c.c_in * x, c.c_noise, context / args.sigma_data, actions)
+    return quantise(c.c_skip * x + c.c_out * output)
+
+
+@torch.no_grad()
+def sample_next_frame(agent: PixelAgent, context: Tensor, actions: Tensor, args: jedi.Args) -> Tensor:
+    """One imagined frame: context (B, N, 3, 64, 64) and actions (B, N) -> (B, 3, 64, 64), by Euler steps."""
+    sigmas = jedi.karras_sigmas(args.sample_steps, args.sample_sigma_min, args.sample_sigma_max, args.sample_rho)
+    x = torch.randn_like(context[:, -1])
+    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
+        levels = torch.full((len(x),), sigma, device=x.device)
+        x = x + (sigma_next - sigma) * (x - denoise(agent, x, levels, context, actions, args)) / sigma
+    return x
+
+
+def diffusion_loss(agent: PixelAgent, batch: jedi.Windows, args: jedi.Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Denoising loss over the target frames, each with the denoiser's own output of the one before as context."""
+    n = args.context_frames
+    frames = to_pixels(batch.frames) * batch.mask[..., None, None, None]
+    context, losses = list(frames[:, :n].unbind(1)), []
+    for i in range(args.target_frames):
+        target = frames[:, n + i]
+        sigma = jedi.sample_sigma(len(target), args, target.device)
+        noisy = jedi.add_noise(target, sigma, args.sigma_offset)
+        c = jedi.precondition(sigma, args.sigma_data, args.sigma_offset)
+        past = torch.stack(context[-n:], dim=1) / args.sigma_data
+        output = agent.denoiser(c.c_in * noisy, c.c_noise, past, batch.actions[:, i : i + n])
+        losses.append((output - (target - c.c_skip * noisy) / c.c_out).square().mean((1, 2, 3)))
+        own = quantise(c.c_skip * noisy + c.c_out * output).detach()
+        context.append(own * batch.mask[:, n + i, None, None, None])
+    loss = jedi.masked_mean(torch.stack(losses, dim=1), batch.mask[:, n:])
+    return loss, {"loss": loss.detach()}
+
+
+def reward_termination_loss(
+    agent: PixelAgent, batch: jedi.Windows, args: jedi.Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of the reward's sign and of termination."""
+    reward_logits, end_logits = agent.reward(to_pixels(batch.frames), batch.actions[:, :-1])
+    sign = batch.rewards[:, :-1].sign().long()
+    reward_error = F.cross_entropy(reward_logits.flatten(0, 1), sign.flatten() + 1, reduction="none")
+    end_error = F.cross_entropy(end_logits.flatten(0, 1), batch.ends[:, :-1].flatten().long(), reduction="none")
+    loss = jedi.masked_mean(reward_error + end_error, batch.mask.flatten())
+    return loss, {"loss": loss.detach()}
+
+
+@torch.no_grad()
+def imagine(agent: PixelAgent, start: jedi.Windows, args: jedi.Args) -> jedi.Imagined:
+    """Let the policy act for `args.horizon` steps in the world model; as `jedi.imagine`, on frames."""
+    n = args.context_frames
+    context = to_pixels(start.frames) * start.mask[..., None, None, None]
+    frames, actions = list(context.unbind(1)), list(start.actions[:, : n - 1].unbind(1))
+    burn_in = start.mask[:, : n - 1]
+    policy_state = state = jedi.masked_lstm(agent.policy.lstm, agent.policy.features(context[:, : n - 1]), burn_in)
+    for _ in range(args.horizon):
+        logits, _, state = agent.policy.heads(agent.policy.features(frames[-1][:, None]), state)
+        actions.append(jedi.sample_categorical(logits[:, 0]))
+        frames.append(sample_next_frame(agent, torch.stack(frames[-n:], 1), torch.stack(actions[-n:], 1), args))
+    x, taken = torch.stack(frames, dim=1), torch.stack(actions, dim=1)
+    features = agent.reward.features(x, taken)
+    hidden, _ = agent.reward.lstm(
+        features[:, n - 1 :], jedi.masked_lstm(agent.reward.lstm, features[:, : n - 1], burn_in)
+    )
+    reward_logits, end_logits = agent.reward.predict(hidden)
+    rewards = (jedi.sample_categorical(reward_logits) - 1).float()
+    ends = jedi.sample_categorical(end_logits).bool()
+    ended_before = F.pad(ends, (1, 0))[:, :-1].long().cumsum(1) > 0
+    return jedi.Imagined(x[:, n - 1 :], taken[:, n - 1 :], rewards, ends, ~ended_before, policy_state)
+
+
+def actor_critic_loss(agent: PixelAgent, batch: jedi.Windows, args: jedi.Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """REINFORCE with a value baseline on imagined play; here the gradient also trains the policy's own encoder."""
+    dream = imagine(agent, batch, args)
+    logits, values, _ = agent.policy.heads(agent.policy.features(dream.z), dream.policy_state)
+    returns = jedi.lambda_returns(dream.rewards, dream.ends, values.detach(), args.gamma, args.td_lambda)
+    log_probs = F.log_softmax(logits[:, :-1], dim=-1)
+    taken = log_probs.gather(-1, dream.actions[..., None]).squeeze(-1)
+    entropy = jedi.masked_mean(-(log_probs.exp() * log_probs).sum(-1), dream.alive)
+    policy_loss = jedi.masked_mean(-taken * (returns - values[:, :-1].detach()), dream.alive)
+    value_loss = jedi.masked_mean((values[:, :-1] - returns).square(), dream.alive)
+    loss = policy_loss + value_loss - args.entropy_weight * entropy
+    return loss, {"loss": loss.detach()}

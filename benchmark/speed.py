@@ -1,0 +1,434 @@
+"""How fast is JEDI beside pixel diffusion, and how near to what this machine can do? One command, any device.
+
+    python benchmark/speed.py                          # the whole table; on 2 CPU cores a quarter of an hour
+    python benchmark/speed.py --quick                  # a short form: small batches, few repetitions
+    python benchmark/speed.py --json speed.json        # the same as data
+    python benchmark/speed.py --profile trace          # where the time of an epoch goes; a trace for a browser
+    python benchmark/speed.py --growth                 # whether the replay's size costs anything
+    python benchmark/speed.py --leave-one-out          # what each optimisation brings
+
+JEDI and a pixel diffusion agent of DIAMOND's sizes (`pixel_diffusion.py`) are measured in one process, in turns, on
+real windows of the same game, with the same precision, threads and optimisations. Times are medians over --repeats
+after a warm-up, with the smallest and the largest beside them. Peak memory is measured in a process of its own for each
+side: of the device on a GPU, of the whole process on a CPU. FLOP are counted by PyTorch (products in convolutions,
+matrices and attention); the machine's own rate is that of a large matrix product in the same run and precision.
+
+JSON: `ratios` holds `sample`, `imagine`, `updates` (the baseline's time over JEDI's) and `memory` (JEDI's over the
+baseline's); `matrix_rate_share` is the sampler's FLOP/s over the machine's, `projected_hours` a full run of JEDI.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pixel_diffusion as pixel
+
+import jedi_atari as jedi
+
+NUM_ACTIONS = 18  # the largest action set, at which parameters are counted; the games have 3 to 18
+RECORDS = 400  # steps of play that the batches are cut from
+SECONDS_PER_TIMING = 0.2  # what is faster than this is repeated within one timing
+SIDES = ("jedi", "pixel")
+UPDATES = jedi.PARTS
+
+
+class Side(NamedTuple):
+    """One of the two agents and what is measured of it."""
+
+    name: str
+    agent: torch.nn.Module
+    parts: dict[str, jedi.Part]
+    sample: Callable  # () -> one next state at the batch size
+    imagine: Callable  # (windows) -> trajectories
+    counts: dict[str, int]  # parameters
+
+
+class Timing(NamedTuple):
+    """Seconds of one call."""
+
+    median: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {"median": self.median, "min": self.low, "max": self.high}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of both sides")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--env-id", default="Pong", help="the game whose frames are used")
+    parser.add_argument("--batch-size", type=int, help="windows per update (default: 32; with --quick 2)")
+    parser.add_argument("--repeats", type=int, help="timings of each thing (default: 3 on a CPU, 10 on a GPU)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    parser.add_argument("--quick", action="store_true", help="a small batch, one imagined step, two repetitions")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write traces and a table instead")
+    parser.add_argument("--growth", action="store_true", help="measure full and empty replays instead")
+    parser.add_argument("--leave-one-out", action="store_true", help="measure without each optimisation instead")
+    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)  # what the child process does
+    return parser.parse_args(argv)
+
+
+def settings(options: argparse.Namespace) -> tuple[jedi.Args, torch.device, bool]:
+    """The paper's numbers at the chosen batch size, the device, and whether to compute in bf16. Raises `BadInput`."""
+    device = jedi.choose_device(options.device)
+    batch_size = options.batch_size if options.batch_size is not None else 2 if options.quick else 32
+    args = jedi.Args(
+        env_id=options.env_id, batch_size=batch_size, compile=options.compile, threads=options.threads, first_rewards=0
+    )
+    if options.repeats is not None and options.repeats < 1:
+        raise jedi.BadInput(f"--repeats is {options.repeats}; it must be at least 1")
+    jedi.check_args(args)
+    jedi.set_threads(args)
+    torch.set_float32_matmul_precision("high")
+    return args, device, jedi.choose_bf16(options.precision, device)
+
+
+def repeats(options: argparse.Namespace, device: torch.device) -> int:
+    return options.repeats or (2 if options.quick else 10 if device.type == "cuda" else 3)
+
+
+# --- the two sides
+
+
+def make_replay(args: jedi.Args, device: torch.device) -> jedi.ReplayBuffer:
+    """Random play, the same for both sides."""
+    env, rng = jedi.make_env(args), np.random.default_rng(0)
+    replay = jedi.ReplayBuffer(2 * RECORDS, device)
+    frame, _ = env.reset(seed=0)
+    for _ in range(RECORDS):
+        action = int(rng.integers(env.action_space.n))
+        after, reward, terminated, truncated, info = env.step(action)
+        end, stop = jedi.replay_end(terminated, truncated, info)
+        replay.add(frame, action, reward, end, after if stop else None)
+        frame = env.reset()[0] if terminated or truncated else after
+    replay.flush()
+    env.close()
+    return replay
+
+
+def wrap(args: jedi.Args) -> Callable:
+    """The same compilation for both sides."""
+    return torch.compile if args.compile else lambda function: function
+
+
+def make_jedi(args: jedi.Args, replay: jedi.ReplayBuffer) -> Side:
+    agent = jedi.Agent(NUM_ACTIONS, args).to(replay.device)
+    context, actions = context_of(args, replay)
+    z = agent.encode(context).detach()
+    sample, imagine = wrap(args)(jedi.sample_next_latent), wrap(args)(jedi.imagine)
+    return Side(
+        "jedi",
+        agent,
+        jedi.make_parts(agent, args, replay.device),
+        lambda: sample(agent, z, actions, args),
+        lambda windows: imagine(agent, windows, args),
+        jedi.parameter_counts(agent),
+    )
+
+
+def make_pixel(args: jedi.Args, replay: jedi.ReplayBuffer) -> Side:
+    agent = pixel.PixelAgent(NUM_ACTIONS, args).to(replay.device)
+    frames, actions = context_of(args, replay)
+    x = pixel.to_pixels(frames)
+    sample, imagine = wrap(args)(pixel.sample_next_frame), wrap(args)(pixel.imagine)
+    losses = (pixel.diffusion_loss, pixel.reward_termination_loss, pixel.actor_critic_loss)
+    networks, decays = (agent.denoiser, agent.reward, agent.policy), (args.weight_decay, args.weight_decay, 0.0)
+    model = jedi.make_parts(jedi.Agent(NUM_ACTIONS, args), args, replay.device)  # how each part draws and clips
+    parts = {}
+    for (name, part), loss, network, decay in zip(model.items(), losses, networks, decays, strict=True):
+        optimizer = jedi.make_optimizer(args, network, None, decay, replay.device)
+        parts[name] = part._replace(loss=wrap(args)(loss), optimizer=optimizer, parameters=list(network.parameters()))
+    return Side(
+        "pixel",
+        agent,
+        parts,
+        lambda: sample(agent, x, actions, args),
+        lambda windows: imagine(agent, windows, args),
+        pixel.parameter_counts(agent),
+    )
+
+
+MAKE = {"jedi": make_jedi, "pixel": make_pixel}
+
+
+def context_of(args: jedi.Args, replay: jedi.ReplayBuffer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames (B, N, 64, 64, 3) and actions (B, N) to sample from."""
+    windows = replay.all_windows(args.context_frames, stride=1, count=args.batch_size)
+    index = torch.arange(args.batch_size, device=replay.device) % len(windows.frames)
+    return windows.frames[index], windows.actions[index]
+
+
+# --- measuring
+
+
+def seconds_of(call: Callable, device: torch.device, count: int) -> float:
+    """Seconds of one of `count` calls."""
+    jedi.synchronize(device)
+    begun = time.perf_counter()
+    for _ in range(count):
+        call()
+    jedi.synchronize(device)
+    return (time.perf_counter() - begun) / count
+
+
+def time_in_turns(calls: dict[str, Callable], device: torch.device, count: int) -> dict[str, Timing]:
+    """Warm every call up, then time all of them `count` times, in turns, so that a slow minute hits all alike."""
+    inner, seconds = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        call()  # compiles, allocates
+        inner[name] = max(1, round(SECONDS_PER_TIMING / seconds_of(call, device, 1))) if count > 1 else 1
+    for _ in range(count):
+        for name, call in calls.items():
+            seconds[name].append(seconds_of(call, device, inner[name]))
+    return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
+
+
+def one_update(side: Side, name: str, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: bool) -> Callable:
+    """A call that draws a batch and makes one update of a part, as training does."""
+    part = side.parts[name]
+    return lambda: jedi.update(side.agent, part, part.sample(replay), args.warmup_updates + 1, args, bf16)
+
+
+def autocast(call: Callable, device: torch.device, bf16: bool) -> Callable:
+    """The call, in the precision of training."""
+
+    def cast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return call()
+
+    return cast
+
+
+def side_calls(side: Side, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: bool) -> dict[str, Callable]:
+    """What is timed of a side."""
+    start = side.parts["policy"].sample(replay)
+    calls = {
+        "sample": autocast(side.sample, replay.device, bf16),
+        "imagine": autocast(lambda: side.imagine(start), replay.device, bf16),
+    }
+    return calls | {name: one_update(side, name, replay, args, bf16) for name in UPDATES}
+
+
+def matrix_product(device: torch.device, bf16: bool) -> tuple[Callable, float]:
+    """A large matrix product and its FLOP: what the machine can do at most."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
+    return lambda: a @ b, 2.0 * n**3
+
+
+def flop_of(call: Callable) -> float:
+    """FLOP of a call, counted by PyTorch; of the eager program."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+def environment_rate(args: jedi.Args, device: torch.device) -> dict[str, float]:
+    """Steps per second of the game alone, and of collecting with JEDI's policy."""
+    collector = jedi.Collector(args)
+    agent, replay = jedi.Agent(int(collector.env.action_space.n), args).to(device), jedi.ReplayBuffer(2_000, device)
+    collect = seconds_of(lambda: collector.step(agent, replay, device), device, 200)
+    env = jedi.make_env(args)
+    env.reset(seed=0)
+
+    def step() -> None:
+        _, _, terminated, truncated, _ = env.step(0)
+        if terminated or truncated:
+            env.reset()
+
+    game = seconds_of(step, device, 500)
+    return {"collect_steps_per_second": 1 / collect, "game_steps_per_second": 1 / game}
+
+
+def memory_of(name: str, args: jedi.Args, device: torch.device, bf16: bool) -> int:
+    """Peak bytes of one side that samples and makes each update, in this process."""
+    replay = make_replay(args, device)
+    side = MAKE[name](args, replay)
+    for call in side_calls(side, replay, args, bf16).values():
+        call()
+    one_update(side, "diffusion", replay, args, bf16)()  # again: all optimisers have their state by now
+    return jedi.peak_memory(device)
+
+
+def memory_in_child(name: str, options: argparse.Namespace) -> int:
+    """`memory_of` in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", name, "--device", options.device]
+    command += ["--precision", options.precision, "--compile" if options.compile else "--no-compile"]
+    command += ["--env-id", options.env_id, "--threads", str(options.threads)]
+    command += ["--quick"] if options.quick else []
+    command += ["--batch-size", str(options.batch_size)] if options.batch_size else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise jedi.RunFailed(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def projected_hours(args: jedi.Args, timing: dict[str, Timing], collect_rate: float) -> float:
+    """Hours of a full run: every update, and every step of play at the measured rate."""
+    work = jedi.make_plan(args, args.first_steps_min).work()
+    seconds = sum(work[name] * timing[name].median for name in UPDATES)
+    # A game is taken as 1,000 steps; ten games at a time cost little more than one.
+    steps = work["collect"] + 1_000 * work["games"] / min(args.eval_envs, args.eval_episodes)
+    return (seconds + steps / collect_rate) / 3600
+
+
+def measure(options: argparse.Namespace, args: jedi.Args, device: torch.device, bf16: bool) -> dict:
+    """Everything that the table and the JSON file hold."""
+    torch.manual_seed(0)
+    replay = make_replay(args, device)
+    sides = {name: MAKE[name](args, replay) for name in SIDES}
+    calls, flop = {}, {}
+    product, product_flop = matrix_product(device, bf16)
+    calls["matrix product"] = product
+    for name, side in sides.items():
+        calls |= {f"{name} {what}": call for what, call in side_calls(side, replay, args, bf16).items()}
+    calls = {name: calls[name] for name in sorted(calls, key=lambda n: n.split()[-1])}  # the two sides by turns
+    timing = time_in_turns(calls, device, repeats(options, device))
+    for name, make in MAKE.items():
+        flop[name] = flop_of(make(dataclasses.replace(args, compile=False), replay).sample)
+    environment = environment_rate(args, device)
+    memory = {name: memory_in_child(name, options) for name in SIDES}
+    by_side = {name: {w: timing[f"{name} {w}"] for w in ("sample", "imagine", *UPDATES)} for name in SIDES}
+    rate = product_flop / timing["matrix product"].median
+    shares = {name: flop[name] / by_side[name]["sample"].median / rate for name in SIDES}
+    hours = {name: projected_hours(args, by_side[name], environment["collect_steps_per_second"]) for name in SIDES}
+    updates = {name: sum(by_side[name][w].median for w in UPDATES) for name in SIDES}
+    return {
+        "command": "python benchmark/speed.py " + " ".join(sys.argv[1:]),
+        "git_commit": jedi.git_commit(),
+        "device": describe(device),
+        "versions": jedi.versions(),
+        "precision": "bf16" if bf16 else "fp32",
+        "compile": args.compile,
+        "threads": torch.get_num_threads(),
+        "batch_size": args.batch_size,
+        "repeats": repeats(options, device),
+        "parameters": {name: side.counts for name, side in sides.items()},
+        "seconds": {name: {w: t.as_dict() for w, t in times.items()} for name, times in by_side.items()},
+        "updates_seconds": updates,
+        "memory_bytes": memory,
+        "sample_flop": flop,
+        "matrix_flop_per_second": rate,
+        "sample_matrix_rate_share": shares,
+        **environment,
+        "ratios": {
+            "sample": by_side["pixel"]["sample"].median / by_side["jedi"]["sample"].median,
+            "imagine": by_side["pixel"]["imagine"].median / by_side["jedi"]["imagine"].median,
+            "updates": updates["pixel"] / updates["jedi"],
+            "memory": memory["jedi"] / memory["pixel"],
+        },
+        "matrix_rate_share": shares["jedi"],
+        "projected_hours": hours["jedi"],
+        "projected_hours_pixel": hours["pixel"],
+    }
+
+
+def describe(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return platform.processor() or platform.machine()
+
+
+# --- showing
+
+
+def table(result: dict) -> str:
+    """The measurements as a Markdown table."""
+    milli = 1000
+
+    def cell(name: str, what: str) -> str:
+        t = result["seconds"][name][what]
+        return f"{t['median'] * milli:,.1f} ms ({t['min'] * milli:,.1f} to {t['max'] * milli:,.1f})"
+
+    def row(title: str, what: str) -> list[str]:
+        medians = [result["seconds"][name][what]["median"] for name in SIDES]
+        return [title, *(cell(name, what) for name in SIDES), f"{medians[1] / medians[0]:.1f} times faster"]
+
+    counts, ratios, memory = result["parameters"], result["ratios"], result["memory_bytes"]
+    updates, shares = result["updates_seconds"], result["sample_matrix_rate_share"]
+    rows = [
+        ["", "JEDI", "pixel diffusion", "JEDI is"],
+        ["---"] * 4,
+        ["parameters at 18 actions", *(f"{counts[name]['total']:,}" for name in SIDES), ""],
+        row(f"sample one next state, batch {result['batch_size']}", "sample"),
+        row("imagined trajectory, 15 steps", "imagine"),
+        *(row(f"{name} update", name) for name in UPDATES),
+        [
+            "the three updates",
+            *(f"{updates[n] * milli:,.1f} ms" for n in SIDES),
+            f"{ratios['updates']:.1f} times faster",
+        ],
+        ["peak memory", *(f"{memory[name] / 2**30:.2f} GiB" for name in SIDES), f"at {ratios['memory']:.0%} of its"],
+        ["sampler's share of the matrix rate", *(f"{shares[name]:.0%}" for name in SIDES), ""],
+        [
+            "a full run of 100k steps",
+            *(f"{result[k]:,.1f} h" for k in ("projected_hours", "projected_hours_pixel")),
+            "",
+        ],
+    ]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
+def show(result: dict) -> None:
+    """Print what was measured."""
+    print(f"{result['device']}, {result['threads']} threads, {result['precision']}, ", end="")
+    print(
+        f"compile {'on' if result['compile'] else 'off'}, batch {result['batch_size']}, commit {result['git_commit']}"
+    )
+    print(f"medians of {result['repeats']} timings in turns, smallest and largest in brackets\n")
+    print(table(result))
+    print(f"\nmatrix product {result['matrix_flop_per_second'] / 1e9:,.0f} GFLOP/s; ", end="")
+    print(f"the game {result['game_steps_per_second']:,.0f} steps/s, ", end="")
+    print(f"collecting with the policy {result['collect_steps_per_second']:,.0f} steps/s")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status: 0, 2 for bad input, 1 for a failure."""
+    options = parse_args(argv)
+    try:
+        args, device, bf16 = settings(options)
+        if options.memory_of:
+            print(memory_of(options.memory_of, args, device, bf16))
+            return 0
+        if options.json and not options.json.resolve().parent.is_dir():
+            raise jedi.BadInput(f"--json {options.json}: there is no folder {options.json.parent}")
+        result = measure(options, args, device, bf16)
+        show(result)
+        if options.json:
+            jedi.write_json(options.json, result)
+    except jedi.BadInput as error:
+        print(f"speed.py: error: {error}", file=sys.stderr)
+        return 2
+    except (jedi.RunFailed, OSError) as error:
+        print(f"speed.py: failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
