@@ -6,7 +6,8 @@
     python jedi_atari.py --eval-only runs/Pong__...    # play 100 games with a finished run
 
 Read downward: 1 arguments, 2 environment, 3 replay, 4 networks, 5 diffusion, 6 losses, 7 imagination,
-8 evaluation, 9 logs and checkpoints, 10 training. Nothing below reads a variable of the module that is not a constant.
+8 evaluation, 9 pictures, 10 logs and checkpoints, 11 training. Nothing below reads a variable of the module that is
+not a constant.
 
 Sources: [P] the JEDI papers (arXiv 2505.19698 and 2605.13013), [D] DIAMOND (arXiv 2405.12399 and its released code),
 [E] EDM (arXiv 2206.00364), [C] our choice where no source says. A choice that departs from [P] or [D] is marked
@@ -62,6 +63,7 @@ LATENT_BOUND = 3.0  # the clamp C(z) = 3 tanh(z / 3) keeps every latent value in
 CPU_CHUNK = 16  # pictures that a CPU puts through convolutions at a time; 8 to 32 were about as fast
 PARTS = ("diffusion", "reward", "policy")  # the three updates, in the order in which an epoch makes them [D]
 REPORTED_HORIZONS = (1, 3, 5, 10, 15)  # imagined steps named in the table at the end of a run
+DECODER_EVERY = 3  # updates of the world model for each one of the decoder: at most 3% of an epoch
 MAX_OPEN_LOOP = 15  # imagined steps over which the open-loop error is measured, whatever the training horizon
 
 
@@ -164,6 +166,7 @@ class Args:
     eval_envs: int = 10  # games played at the same time [C]
     temperature: float = 1.0  # of the sampled policy in evaluation [D]
     heldout_steps: int = 2_000  # evaluation steps kept to measure the world model on unseen play [C]
+    decoder: bool = True  # learn to turn latents into pictures, for dreams/; nothing of it reaches the agent [C]
     # fmt: on
 
 
@@ -854,6 +857,32 @@ def masked_lstm(lstm: nn.LSTM, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]
     return state
 
 
+class Decoder(nn.Module):
+    """Latent -> 64 x 64 RGB picture: for people only, in no paper. It learns what differs from the mean picture."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.register_buffer("background", torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE))
+        self.register_buffer("updates", torch.zeros(()))
+        self.conv_in = conv3x3(LATENT_SHAPE[0], 4 * width)
+        self.stages = nn.ModuleList(conv3x3(i * width, o * width) for i, o in ((4, 2), (2, 1)))
+        self.conv_out = zero_(conv3x3(width, 3 * 2 * 2))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(N, 16, 8, 8) -> (N, 3, 64, 64), in [-1, 1] but for errors."""
+        x = self.conv_in(z.contiguous(memory_format=torch.channels_last))
+        for stage in self.stages:
+            x = stage(F.interpolate(F.silu(x), scale_factor=2))
+        return self.background + F.pixel_shuffle(self.conv_out(F.silu(x)), 2)
+
+    @torch.no_grad()
+    def pictures(self, z: Tensor) -> np.ndarray:
+        """(..., 16, 8, 8) -> (..., 64, 64, 3) uint8, on the host."""
+        x = torch.cat([self(part) for part in z.reshape(-1, *LATENT_SHAPE).split(64)])
+        x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return x.permute(0, 2, 3, 1).reshape(*z.shape[:-3], IMAGE_SIZE, IMAGE_SIZE, 3).cpu().numpy()
+
+
 class Agent(nn.Module):
     """The four networks and the normalisation of latents between them."""
 
@@ -1017,6 +1046,20 @@ def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[T
         "recall": masked_mean(hit.float(), batch.mask & (sign != 0)),
     }
     return reward_loss + end_loss, metrics
+
+
+def decoder_loss(decoder: Decoder, agent: Agent, batch: Windows) -> Tensor:
+    """Squared error of the picture made from a latent, of the first real frame of each window. What differs from the
+    mean picture weighs more: a ball of four pixels would not be seen otherwise. Trains the decoder alone."""
+    first = batch.mask.int().argmax(1)
+    frames = batch.frames[torch.arange(len(first), device=first.device), first]
+    with torch.no_grad():
+        z = agent.encode(frames)
+        target = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+        decoder.updates += 1
+        decoder.background += (target.mean(0) - decoder.background) * torch.clamp(1 / decoder.updates, min=0.01)
+        weight = 0.1 + (target - decoder.background).abs()
+    return (weight * (decoder(z) - target).square()).mean()
 
 
 # ======================================================================================================================
@@ -1324,7 +1367,166 @@ def reward_in_imagination(agent: Agent, heldout: ReplayBuffer, args: Args, count
 
 
 # ======================================================================================================================
-# 9. Plan, progress, logs and checkpoints
+# 9. Pictures: what the agent dreams, for people
+# ======================================================================================================================
+
+PLUS, MINUS, END = "#0072B2", "#D55E00", "#000000"  # colours that everybody can tell apart (Okabe and Ito)
+
+
+class Dream(NamedTuple):
+    """A stretch of K steps of held-out play, and the dream of it: the same actions, but imagined from step 0 on."""
+
+    pictures: np.ndarray  # (3, K + 1, 64, 64, 3) uint8: the real frames, decoded from their latents, decoded dream
+    rewards: np.ndarray  # (2, K + 1) in {-1, 0, 1}: of the step that led there; real, and likeliest in the dream
+    ends: np.ndarray  # (2, K + 1) bool, likewise
+    ages: np.ndarray  # (K + 1,) imagined steps since the dream last saw a real frame
+
+
+@torch.no_grad()
+def dream_of(agent: Agent, decoder: Decoder, play: Windows, args: Args, stretch: int) -> Dream:
+    """Dream along one window of real play (batch size 1), seeing real frames again after every `stretch` steps."""
+    n, last = args.context_frames, play.frames.shape[1] - 1
+    z, seen, ages = agent.encode(play.frames), [], [0]
+    for start in range(n - 1, last, stretch):
+        k = min(stretch, last - start)
+        past, actions = play.actions[:, start - n + 1 : start], play.actions[:, start : start + k]
+        seen.append(open_loop(agent, z[:, start - n + 1 : start + 1], past, actions, args))
+        ages += range(1, k + 1)
+    imagined = torch.cat([z[:, :n], *seen], dim=1)
+    reward_logits, end_logits = agent.reward(imagined, play.actions[:, :-1])
+    real_rewards, real_ends = (x[0, n - 1 : -1].cpu().numpy() for x in (play.rewards.sign(), play.ends))
+    guesses = (x.argmax(-1)[0, n - 1 :].cpu().numpy() for x in (reward_logits, end_logits))
+    rewards, ends = (np.stack([a, b]) for a, b in zip((real_rewards, real_ends), guesses, strict=True))
+    rewards[1] -= 1
+    pictures = [play.frames[0, n - 1 :].cpu().numpy(), decoder.pictures(z[0, n - 1 :])]
+    pictures.append(decoder.pictures(imagined[0, n - 1 :]))
+    first = ((0, 0), (1, 0))  # nothing led to column 0
+    return Dream(
+        np.stack(pictures), np.pad(rewards, first).astype(int), np.pad(ends, first).astype(bool), np.array(ages)
+    )
+
+
+def eventful_window(heldout: ReplayBuffer, length: int) -> Windows | None:
+    """A window of held-out play, the one with most rewards; None if there is no play of that length."""
+    windows = heldout.all_windows(length, stride=5, count=max(1, 4_000 // length))  # 50 MB
+    if not len(windows.frames):
+        return None
+    best = windows.rewards.ne(0).sum(1).argmax()
+    return Windows(*(field[best : best + 1] for field in windows))
+
+
+def event(reward: int, end: bool) -> tuple[str, str]:
+    """Text and colour of what happened in a step; nothing for most."""
+    texts = [{1: "+1", -1: "\N{MINUS SIGN}1"}[reward]] if reward else []
+    return ", ".join(texts + ["end"] * bool(end)), END if end else PLUS if reward > 0 else MINUS
+
+
+def film_strip(dream: Dream, title: str) -> np.ndarray:
+    """Three rows of pictures: the real game, what the decoder makes of its latents, and the dream. Returns RGB."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = dream.pictures.shape[1]
+    figure = Figure(figsize=(0.95 * columns + 1.3, 4.1), dpi=100)
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
+    axes = figure.subplots(3, columns)
+    names = ("real game", "decoded from\nits latents", "dream")
+    for row, column in np.ndindex(3, columns):
+        ax = axes[row, column]
+        ax.imshow(dream.pictures[row, column], interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        if column == 0:
+            ax.set_ylabel(names[row], fontsize=11, rotation=0, ha="right", va="center")
+        if row == 0:
+            ax.set_title("now" if column == 0 else f"step {column}", fontsize=10)
+        which = (0, None, 1)[row]
+        if which is not None and (dream.rewards[which, column] or dream.ends[which, column]):
+            text, colour = event(dream.rewards[which, column], dream.ends[which, column])
+            ax.set_xlabel(text, fontsize=11, color=colour, weight="bold", labelpad=2)
+            for spine in ax.spines.values():
+                spine.set(edgecolor=colour, linewidth=3)
+    figure.subplots_adjust(
+        left=1.15 / figure.get_figwidth(), right=0.995, top=0.83, bottom=0.07, wspace=0.06, hspace=0.2
+    )
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def film(dream: Dream, path: Path, milliseconds: int) -> None:
+    """An animated GIF: the real game and the dream side by side, four times enlarged, with what happens in each."""
+    from PIL import Image, ImageDraw
+
+    scale, gap, head = 4, 8, 34
+    size = IMAGE_SIZE * scale
+    sheets = []
+    for t, age in enumerate(dream.ages):
+        sheet = Image.new("RGB", (2 * size + gap, size + head), "white")
+        draw = ImageDraw.Draw(sheet)
+        for side, (row, name) in enumerate(((0, "real game"), (2, f"dream, step {age}" if age else "sees the game"))):
+            left, text = side * (size + gap), event(dream.rewards[side, t], dream.ends[side, t])
+            picture = Image.fromarray(dream.pictures[row, t]).resize((size, size), Image.Resampling.NEAREST)
+            sheet.paste(picture, (left, head))
+            draw.text((left + 4, 8), name, "black", font_size=16)
+            draw.text((left + size - 4, 8), text[0], text[1], font_size=18, anchor="ra")
+        sheets.append(sheet)
+    content = io.BytesIO()
+    options = dict(format="GIF", save_all=True, append_images=sheets[1:], duration=milliseconds, loop=0)
+    sheets[0].save(content, **options)
+    write_atomically(path, content.getbuffer())
+
+
+def write_png(path: Path, rgb: np.ndarray) -> None:
+    """Write a picture."""
+    write_atomically(path, cv2.imencode(".png", np.ascontiguousarray(rgb[..., ::-1]))[1].tobytes())
+
+
+CURVES = {
+    "return of a game": {
+        "training play": "charts/episodic_return", "evaluation": "eval/mean_return", "final": "final/mean_return"
+    },
+    "loss": {"diffusion": "diffusion/loss", "reward and end": "reward/loss", "value": "policy/value_loss"},
+    "error of imagined latents / of 'nothing changes'": {
+        f"{k} step{'s' * (k > 1)} ahead": f"wm/open_loop_ratio_{k}" for k in (1, 5, 15)
+    },
+    "probability given to true rewards": {
+        "on true latents": "wm/reward_prob_0", "1 step into a dream": "wm/reward_prob_1",
+        "5 steps into a dream": "wm/reward_prob_5",
+    },
+}  # fmt: skip
+
+
+def learning_curves(lines: list[dict], title: str) -> np.ndarray:
+    """Four panels over environment steps, from the lines of metrics.jsonl. Returns RGB."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [line.get("charts/env_steps") for line in lines]
+    for i in range(len(steps)):  # evaluations before and after training have no count of their own
+        steps[i] = steps[i] if steps[i] is not None else steps[i - 1] if i else 0
+    figure = Figure(figsize=(12, 7), dpi=100, layout="constrained")
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
+    looks = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#000000", "^", ":"))
+    for ax, (name, keys) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+        for (label, key), (colour, marker, dash) in zip(keys.items(), looks, strict=True):
+            points = [(x, line[key]) for x, line in zip(steps, lines, strict=True) if key in line]
+            if points:
+                few = marker if len(points) < 40 else None
+                ax.plot(*zip(*points, strict=True), color=colour, marker=few, linestyle=dash, label=label)
+        ax.set(xlabel="environment steps", title=name)
+        ax.grid(alpha=0.3)
+        if "error" in name:
+            ax.axhline(1, color="0.5", linewidth=1)
+            ax.set_yscale("log")
+        if ax.lines:
+            ax.legend(frameon=False)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+# ======================================================================================================================
+# 10. Plan, progress, logs and checkpoints
 # ======================================================================================================================
 
 
@@ -1448,6 +1650,10 @@ class Logger:
         for key, value in metrics.items():
             self.writer.add_scalar(key, value, epoch)
         self.file.write((json.dumps({"epoch": epoch, **metrics}) + "\n").encode())
+
+    def picture(self, epoch: int, key: str, rgb: np.ndarray) -> None:
+        """Show a picture (height, width, 3) on TensorBoard's page of images."""
+        self.writer.add_image(key, rgb, epoch, dataformats="HWC")
 
     def flush(self) -> int:
         """Bring everything to disk; returns the length of metrics.jsonl, which a checkpoint stores."""
@@ -1763,7 +1969,7 @@ def prepare_run_dir(args: Args, name: str) -> tuple[Path, io.BufferedWriter]:
 
 
 # ======================================================================================================================
-# 10. Training
+# 11. Training
 # ======================================================================================================================
 
 
@@ -1820,6 +2026,23 @@ def make_parts(agent: Agent, args: Args, device: torch.device) -> dict[str, Part
             lambda replay: replay.sample_frames(b, n, final=False),
         ),
     }  # fmt: skip
+
+
+def make_decoder(args: Args, device: torch.device) -> tuple[Decoder, torch.optim.Optimizer] | None:
+    """The decoder and its optimiser, unless it is left out. Its first weights use up no random numbers of the run."""
+    if not args.decoder:
+        return None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(args.seed)
+        decoder = Decoder().to(device)
+    return decoder, torch.optim.AdamW(decoder.parameters(), lr=1e-3, fused=True)
+
+
+def update_decoder(decoder: Decoder, optimizer: torch.optim.Optimizer, agent: Agent, batch: Windows) -> None:
+    """One step of the decoder alone."""
+    optimizer.zero_grad(set_to_none=True)
+    decoder_loss(decoder, agent, batch).backward()
+    optimizer.step()
 
 
 def update(agent: Agent, part: Part, batch: Windows, number: int, args: Args, bf16: bool) -> dict[str, Tensor]:
@@ -2004,6 +2227,7 @@ class Run:
     parts: dict[str, Part]
     replay: ReplayBuffer
     collector: Collector
+    decoder: tuple[Decoder, torch.optim.Optimizer] | None
     progress: Progress
     signals: StopSignals
     finite: FiniteCheck
@@ -2043,6 +2267,7 @@ def checkpoint(run: Run) -> None:
         **{name: getattr(run, name) for name in PLAIN_STATE},
         "agent": run.agent.state_dict(),
         "optimizers": {name: part.optimizer.state_dict() for name, part in run.parts.items()},
+        "decoder": [x.state_dict() for x in run.decoder or ()],
         "meter": {"sums": run.meter.sums, "count": run.meter.count},
         "untrained": json.dumps(run.untrained),
         "collector": collector_state(run.collector),
@@ -2060,6 +2285,8 @@ def restore(run: Run, saved: dict) -> int:
     run.agent.load_state_dict(saved["agent"])
     for name, part in run.parts.items():
         part.optimizer.load_state_dict(saved["optimizers"][name])
+    for part, state in zip(run.decoder or (), saved["decoder"], strict=True):
+        part.load_state_dict(state)
     for name in PLAIN_STATE:
         setattr(run, name, saved[name])
     run.meter = Meter(**saved["meter"])
@@ -2127,7 +2354,8 @@ def start_run(
         Progress(plan.work(), costs),
         FiniteCheck(run_dir, device),
     )
-    run = Run(args, run_dir, device, bf16, agent, parts, replay, collector, progress, signals, finite, begun)
+    decoder = make_decoder(args, device)
+    run = Run(args, run_dir, device, bf16, agent, parts, replay, collector, decoder, progress, signals, finite, begun)
     signals.check()
     signals.at_once = False  # from here on there is something to save
     if saved:
@@ -2207,6 +2435,8 @@ def update_phase(run: Run, name: str) -> None:
         batch = part.sample(run.replay)
         metrics = update(run.agent, part, batch, run.updates[name], args, run.bf16)
         run.meter.add(metrics)
+        if run.decoder and name != "policy" and run.updates[name] % DECODER_EVERY == 0:
+            update_decoder(*run.decoder, run.agent, batch)
         run.updates[name] += 1
         run.done += 1
         run.finite.add(name, run.updates[name], metrics, batch)
@@ -2273,8 +2503,41 @@ def evaluation_phase(run: Run, episodes: int, title: str, args: Args | None = No
     with run.signals.may_strike():
         evaluation = evaluate(run.agent, args or run.args, run.device, episodes, seed, run.progress)
         measures = measure_world_model(run.agent, evaluation.heldout, run.args)
+        if run.decoder and args is None:
+            draw_dreams(run, evaluation.heldout, epoch)
     run.progress.finish()
     return measures, evaluation
+
+
+def draw_dreams(run: Run, heldout: ReplayBuffer, epoch: int) -> None:
+    """Film strip and film of a dream in dreams/ and in TensorBoard; at the end of the run a longer film. Draws its
+    random numbers apart, so that the run is the same without it."""
+    args, agent, (decoder, _) = run.args, run.agent, run.decoder
+    final, n = run.phase == "final", args.context_frames
+    name = "final" if final else f"epoch{epoch:04d}"
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        torch.manual_seed(args.seed)
+        window = eventful_window(heldout, n + MAX_OPEN_LOOP)
+        if window is not None:
+            dream = dream_of(agent, decoder, window, args, MAX_OPEN_LOOP)
+            strip = film_strip(
+                dream, f"{args.env_id}, epoch {epoch}: from 'now' on the dream sees no frame, only actions"
+            )
+            write_png(run.run_dir / "dreams" / f"{name}.png", strip)
+            film(dream, run.run_dir / "dreams" / f"{name}.gif", 200)
+            run.logger.picture(epoch, "dream", strip)
+        longest = min(int(heldout.lengths.max()), 300 + n)
+        if final and longest > n:
+            play = eventful_window(heldout, longest)
+            film(dream_of(agent, decoder, play, args, 50), run.run_dir / "dreams" / "play.gif", 67)
+
+
+def draw_curves(run: Run) -> None:
+    """curves.png: what metrics.jsonl holds, in a picture."""
+    run.logger.flush()
+    lines = [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
+    title = f"{run.args.env_id}, preset {run.args.preset}, seed {run.args.seed}"
+    write_png(run.run_dir / "curves.png", learning_curves(lines, title))
 
 
 def finish_run(run: Run, name: str) -> dict:
@@ -2288,7 +2551,7 @@ def finish_run(run: Run, name: str) -> dict:
         elsewhere[other] = {"returns": played.returns, "mean_return": float(np.mean(played.returns))}
     mean = float(np.mean(evaluation.returns))
     run.logger.log(run.epoch, {"final/mean_return": mean, **flatten_measures(measures)})
-    run.logger.flush()
+    draw_curves(run)
     result = {
         "env_id": args.env_id,
         "script": Path(__file__).stem,

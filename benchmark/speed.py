@@ -1,9 +1,9 @@
 """How fast is JEDI beside pixel diffusion, and how near to what this machine can do? One command, any device.
 
-    python benchmark/speed.py                          # the whole table; on 2 CPU cores a quarter of an hour
-    python benchmark/speed.py --quick                  # a short form: small batches, few repetitions
+    python benchmark/speed.py                          # the whole table; on 2 CPU cores half an hour
+    python benchmark/speed.py --quick                  # a short form: updates of 2 windows, two repetitions
     python benchmark/speed.py --json speed.json        # the same as data
-    python benchmark/speed.py --profile trace          # where the time of an epoch goes; a trace for a browser
+    python benchmark/speed.py --profile trace          # where the time of an epoch goes; traces for a browser
     python benchmark/speed.py --growth                 # whether the replay's size costs anything
     python benchmark/speed.py --leave-one-out          # what each optimisation brings
 
@@ -13,6 +13,8 @@ after a warm-up, with the smallest and the largest beside them. Peak memory is m
 side: of the device on a GPU, of the whole process on a CPU. FLOP are counted by PyTorch (products in convolutions,
 matrices and attention); the machine's own rate is that of a large matrix product in the same run and precision.
 
+Sampling is always measured at --batch-size; --quick makes updates and imagined trajectories of 2 windows.
+
 JSON: `ratios` holds `sample`, `imagine`, `updates` (the baseline's time over JEDI's) and `memory` (JEDI's over the
 baseline's); `matrix_rate_share` is the sampler's FLOP/s over the machine's, `projected_hours` a full run of JEDI.
 """
@@ -20,7 +22,6 @@ baseline's); `matrix_rate_share` is the sampler's FLOP/s over the machine's, `pr
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import platform
 import statistics
@@ -44,8 +45,10 @@ import jedi_atari as jedi
 NUM_ACTIONS = 18  # the largest action set, at which parameters are counted; the games have 3 to 18
 RECORDS = 400  # steps of play that the batches are cut from
 SECONDS_PER_TIMING = 0.2  # what is faster than this is repeated within one timing
+QUICK_BATCH = 2  # windows per update in the short form
 SIDES = ("jedi", "pixel")
 UPDATES = jedi.PARTS
+GROWTH = (5_000, 50_000, 500_000)  # records in the replay
 
 
 class Side(NamedTuple):
@@ -76,10 +79,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of both sides")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--env-id", default="Pong", help="the game whose frames are used")
-    parser.add_argument("--batch-size", type=int, help="windows per update (default: 32; with --quick 2)")
+    parser.add_argument("--batch-size", type=int, default=32, help="states sampled at once, windows per update (32)")
     parser.add_argument("--repeats", type=int, help="timings of each thing (default: 3 on a CPU, 10 on a GPU)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-    parser.add_argument("--quick", action="store_true", help="a small batch, one imagined step, two repetitions")
+    parser.add_argument("--quick", action="store_true", help="updates of 2 windows, two repetitions")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write traces and a table instead")
     parser.add_argument("--growth", action="store_true", help="measure full and empty replays instead")
@@ -91,12 +94,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def settings(options: argparse.Namespace) -> tuple[jedi.Args, torch.device, bool]:
     """The paper's numbers at the chosen batch size, the device, and whether to compute in bf16. Raises `BadInput`."""
     device = jedi.choose_device(options.device)
-    batch_size = options.batch_size if options.batch_size is not None else 2 if options.quick else 32
     args = jedi.Args(
-        env_id=options.env_id, batch_size=batch_size, compile=options.compile, threads=options.threads, first_rewards=0
+        env_id=options.env_id, batch_size=options.batch_size, compile=options.compile, threads=options.threads
     )
     if options.repeats is not None and options.repeats < 1:
         raise jedi.BadInput(f"--repeats is {options.repeats}; it must be at least 1")
+    if sum(map(bool, (options.profile, options.growth, options.leave_one_out))) > 1:
+        raise jedi.BadInput("--profile, --growth and --leave-one-out do not go together; choose one")
+    if options.json and not options.json.resolve().parent.is_dir():
+        raise jedi.BadInput(f"--json {options.json}: there is no folder {options.json.parent}")
     jedi.check_args(args)
     jedi.set_threads(args)
     torch.set_float32_matmul_precision("high")
@@ -131,9 +137,9 @@ def wrap(args: jedi.Args) -> Callable:
     return torch.compile if args.compile else lambda function: function
 
 
-def make_jedi(args: jedi.Args, replay: jedi.ReplayBuffer) -> Side:
+def make_jedi(args: jedi.Args, replay: jedi.ReplayBuffer, sample_batch: int) -> Side:
     agent = jedi.Agent(NUM_ACTIONS, args).to(replay.device)
-    context, actions = context_of(args, replay)
+    context, actions = context_of(args, replay, sample_batch)
     z = agent.encode(context).detach()
     sample, imagine = wrap(args)(jedi.sample_next_latent), wrap(args)(jedi.imagine)
     return Side(
@@ -146,9 +152,9 @@ def make_jedi(args: jedi.Args, replay: jedi.ReplayBuffer) -> Side:
     )
 
 
-def make_pixel(args: jedi.Args, replay: jedi.ReplayBuffer) -> Side:
+def make_pixel(args: jedi.Args, replay: jedi.ReplayBuffer, sample_batch: int) -> Side:
     agent = pixel.PixelAgent(NUM_ACTIONS, args).to(replay.device)
-    frames, actions = context_of(args, replay)
+    frames, actions = context_of(args, replay, sample_batch)
     x = pixel.to_pixels(frames)
     sample, imagine = wrap(args)(pixel.sample_next_frame), wrap(args)(pixel.imagine)
     losses = (pixel.diffusion_loss, pixel.reward_termination_loss, pixel.actor_critic_loss)
@@ -171,11 +177,16 @@ def make_pixel(args: jedi.Args, replay: jedi.ReplayBuffer) -> Side:
 MAKE = {"jedi": make_jedi, "pixel": make_pixel}
 
 
-def context_of(args: jedi.Args, replay: jedi.ReplayBuffer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames (B, N, 64, 64, 3) and actions (B, N) to sample from."""
-    windows = replay.all_windows(args.context_frames, stride=1, count=args.batch_size)
-    index = torch.arange(args.batch_size, device=replay.device) % len(windows.frames)
+def context_of(args: jedi.Args, replay: jedi.ReplayBuffer, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames (count, N, 64, 64, 3) and actions (count, N) to sample from."""
+    windows = replay.all_windows(args.context_frames, stride=1, count=count)
+    index = torch.arange(count, device=replay.device) % len(windows.frames)
     return windows.frames[index], windows.actions[index]
+
+
+def update_args(args: jedi.Args, quick: bool) -> jedi.Args:
+    """The same with small batches for the short form."""
+    return dataclasses.replace(args, batch_size=min(args.batch_size, QUICK_BATCH)) if quick else args
 
 
 # --- measuring
@@ -260,10 +271,10 @@ def environment_rate(args: jedi.Args, device: torch.device) -> dict[str, float]:
     return {"collect_steps_per_second": 1 / collect, "game_steps_per_second": 1 / game}
 
 
-def memory_of(name: str, args: jedi.Args, device: torch.device, bf16: bool) -> int:
+def memory_of(name: str, args: jedi.Args, sample_batch: int, device: torch.device, bf16: bool) -> int:
     """Peak bytes of one side that samples and makes each update, in this process."""
     replay = make_replay(args, device)
-    side = MAKE[name](args, replay)
+    side = MAKE[name](args, replay, sample_batch)
     for call in side_calls(side, replay, args, bf16).values():
         call()
     one_update(side, "diffusion", replay, args, bf16)()  # again: all optimisers have their state by now
@@ -276,7 +287,7 @@ def memory_in_child(name: str, options: argparse.Namespace) -> int:
     command += ["--precision", options.precision, "--compile" if options.compile else "--no-compile"]
     command += ["--env-id", options.env_id, "--threads", str(options.threads)]
     command += ["--quick"] if options.quick else []
-    command += ["--batch-size", str(options.batch_size)] if options.batch_size else []
+    command += ["--batch-size", str(options.batch_size)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise jedi.RunFailed(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -295,17 +306,17 @@ def projected_hours(args: jedi.Args, timing: dict[str, Timing], collect_rate: fl
 def measure(options: argparse.Namespace, args: jedi.Args, device: torch.device, bf16: bool) -> dict:
     """Everything that the table and the JSON file hold."""
     torch.manual_seed(0)
+    sample_batch, args = args.batch_size, update_args(args, options.quick)
     replay = make_replay(args, device)
-    sides = {name: MAKE[name](args, replay) for name in SIDES}
-    calls, flop = {}, {}
+    sides = {name: MAKE[name](args, replay, sample_batch) for name in SIDES}
     product, product_flop = matrix_product(device, bf16)
-    calls["matrix product"] = product
+    calls = {"matrix product": product}
     for name, side in sides.items():
         calls |= {f"{name} {what}": call for what, call in side_calls(side, replay, args, bf16).items()}
     calls = {name: calls[name] for name in sorted(calls, key=lambda n: n.split()[-1])}  # the two sides by turns
     timing = time_in_turns(calls, device, repeats(options, device))
-    for name, make in MAKE.items():
-        flop[name] = flop_of(make(dataclasses.replace(args, compile=False), replay).sample)
+    eager = dataclasses.replace(args, compile=False)
+    flop = {name: flop_of(make(eager, replay, sample_batch).sample) for name, make in MAKE.items()}
     environment = environment_rate(args, device)
     memory = {name: memory_in_child(name, options) for name in SIDES}
     by_side = {name: {w: timing[f"{name} {w}"] for w in ("sample", "imagine", *UPDATES)} for name in SIDES}
@@ -314,15 +325,10 @@ def measure(options: argparse.Namespace, args: jedi.Args, device: torch.device, 
     hours = {name: projected_hours(args, by_side[name], environment["collect_steps_per_second"]) for name in SIDES}
     updates = {name: sum(by_side[name][w].median for w in UPDATES) for name in SIDES}
     return {
-        "command": "python benchmark/speed.py " + " ".join(sys.argv[1:]),
-        "git_commit": jedi.git_commit(),
-        "device": describe(device),
-        "versions": jedi.versions(),
-        "precision": "bf16" if bf16 else "fp32",
-        "compile": args.compile,
-        "threads": torch.get_num_threads(),
-        "batch_size": args.batch_size,
-        "repeats": repeats(options, device),
+        **describe_run(args, device, bf16, repeats(options, device)),
+        "batch_size": sample_batch,
+        "update_batch_size": args.batch_size,
+        "horizon": args.horizon,
         "parameters": {name: side.counts for name, side in sides.items()},
         "seconds": {name: {w: t.as_dict() for w, t in times.items()} for name, times in by_side.items()},
         "updates_seconds": updates,
@@ -343,6 +349,20 @@ def measure(options: argparse.Namespace, args: jedi.Args, device: torch.device, 
     }
 
 
+def describe_run(args: jedi.Args, device: torch.device, bf16: bool, count: int) -> dict:
+    """Where and how something was measured."""
+    return {
+        "command": " ".join(["python benchmark/speed.py", *sys.argv[1:]]),
+        "git_commit": jedi.git_commit(),
+        "device": describe(device),
+        "versions": jedi.versions(),
+        "precision": "bf16" if bf16 else "fp32",
+        "compile": args.compile,
+        "threads": torch.get_num_threads(),
+        "repeats": count,
+    }
+
+
 def describe(device: torch.device) -> str:
     """The GPU's or the processor's name."""
     if device.type == "cuda":
@@ -354,11 +374,236 @@ def describe(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+# --- other questions: where the time goes, what grows, what each optimisation brings
+
+
+def profile(options: argparse.Namespace, args: jedi.Args, device: torch.device, bf16: bool) -> dict:
+    """A trace of each update of JEDI for a browser's trace viewer, and where the time of an epoch goes."""
+    args = update_args(args, options.quick)
+    options.profile.mkdir(parents=True, exist_ok=True)
+    replay = make_replay(args, device)
+    side = make_jedi(args, replay, args.batch_size)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    timing = time_in_turns({n: one_update(side, n, replay, args, bf16) for n in UPDATES}, device, 3)
+    seconds = {"collect": args.epoch_steps / environment_rate(args, device)["collect_steps_per_second"]}
+    seconds |= {name: getattr(args, f"{name}_updates") * timing[name].median for name in UPDATES}
+    operators = {}
+    for name in UPDATES:
+        with torch.profiler.profile(activities=activities) as trace:
+            one_update(side, name, replay, args, bf16)()
+            jedi.synchronize(device)
+        trace.export_chrome_trace(str(options.profile / f"{name}.json"))
+        operators[name] = operator_shares(trace, device)
+    return {
+        **describe_run(args, device, bf16, 3),
+        "update_batch_size": args.batch_size,
+        "epoch_seconds": seconds,
+        "operators": operators,
+    }
+
+
+def operator_shares(trace: torch.profiler.profile, device: torch.device, count: int = 8) -> dict[str, float]:
+    """The operators that take the largest shares of a trace's time, on the device that computes."""
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    times = {event.key: getattr(event, key) for event in trace.key_averages()}
+    total = sum(times.values())
+    return {name: times[name] / total for name in sorted(times, key=times.get, reverse=True)[:count]}
+
+
+def profile_table(result: dict) -> str:
+    """Where the time of an epoch goes, as Markdown."""
+    total = sum(result["epoch_seconds"].values())
+    rows = [["part of an epoch", "seconds", "share", "operators"], ["---", "---:", "---:", "---"]]
+    for name, seconds in result["epoch_seconds"].items():
+        parts = [
+            f"{key.removeprefix('aten::')} {share:.0%}" for key, share in result["operators"].get(name, {}).items()
+        ]
+        rows.append([name, f"{seconds:,.1f}", f"{seconds / total:.1%}", ", ".join(parts)])
+    return markdown(rows)
+
+
+def full_buffer(records: int, device: torch.device) -> jedi.ReplayBuffer:
+    """A replay of episodes of 1,000 records; random frames, so that every page of memory is really there."""
+    replay = jedi.ReplayBuffer(records, device)
+    for part in replay.frames.split(5_000):
+        part.copy_(torch.randint(0, 256, part.shape, dtype=torch.uint8, device=device))
+    replay.size, replay.num_episodes = records, records // 1_000
+    replay.starts[: replay.num_episodes] = torch.arange(replay.num_episodes, device=device) * 1_000
+    replay.lengths[: replay.num_episodes] = 1_000
+    return replay
+
+
+def growth(options: argparse.Namespace, args: jedi.Args, device: torch.device, bf16: bool) -> dict:
+    """Time of drawing batches and of an update, with 5,000, 50,000 and 500,000 records in the replay."""
+    args, calls = update_args(args, options.quick), {}
+    agent = jedi.Agent(NUM_ACTIONS, args).to(device)
+    parts = jedi.make_parts(agent, args, device)
+    for records in GROWTH:
+        replay = full_buffer(records, device)
+        for name, part in parts.items():
+            calls[f"{name} batch, {records:,} records"] = lambda p=part, r=replay: p.sample(r)
+        calls[f"diffusion update, {records:,} records"] = lambda r=replay: jedi.update(
+            agent, parts["diffusion"], parts["diffusion"].sample(r), 0, args, bf16
+        )
+    calls = {name: calls[name] for name in sorted(calls)}  # the sizes by turns
+    timing = time_in_turns(calls, device, 3 * repeats(options, device))
+    return {
+        **describe_run(args, device, bf16, 3 * repeats(options, device)),
+        "update_batch_size": args.batch_size,
+        "seconds": {name: t.as_dict() for name, t in timing.items()},
+    }
+
+
+def growth_table(result: dict) -> str:
+    """Rows: what is done; columns: records in the replay."""
+    rows = [["milliseconds", *(f"{records:,} records" for records in GROWTH)], ["---", *["---:"] * len(GROWTH)]]
+    for what in (*(f"{name} batch" for name in UPDATES), "diffusion update"):
+        times = [result["seconds"][f"{what}, {records:,} records"] for records in GROWTH]
+        rows.append(
+            [what, *(f"{t['median'] * 1000:.2f} ({t['min'] * 1000:.2f} to {t['max'] * 1000:.2f})" for t in times)]
+        )
+    return markdown(rows)
+
+
+@contextlib.contextmanager
+def without_chunks():
+    """The encoder works on all frames of a batch at once."""
+    kept, jedi.CPU_CHUNK = jedi.CPU_CHUNK, 1_000_000
+    try:
+        yield
+    finally:
+        jedi.CPU_CHUNK = kept
+
+
+@contextlib.contextmanager
+def without_fused_attention():
+    """Attention by two matrix products and a softmax."""
+    kept = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(q, k, v):
+        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+    torch.nn.functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = kept
+
+
+@contextlib.contextmanager
+def without_channels_last():
+    """Convolutions on pictures whose channels lie apart."""
+    kept, layers = torch.channels_last, jedi.Encoder.layers
+
+    def apart(self, frames):
+        return layers(self, frames.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1))
+
+    torch.channels_last, jedi.Encoder.layers = torch.contiguous_format, apart
+    try:
+        yield
+    finally:
+        torch.channels_last, jedi.Encoder.layers = kept, layers
+
+
+@contextlib.contextmanager
+def without_fused_optimizer():
+    """AdamW parameter by parameter."""
+    kept = torch.optim.AdamW
+    torch.optim.AdamW = lambda groups, eps, fused: kept(groups, eps=eps, foreach=False)
+    try:
+        yield
+    finally:
+        torch.optim.AdamW = kept
+
+
+@contextlib.contextmanager
+def without_whole_sequences():
+    """The reward/termination model sees imagined steps one after the other, as DIAMOND's does."""
+    kept = jedi.RewardTerminationModel.features
+
+    def stepwise(self, z, actions):
+        steps = [kept(self, z[:, t : t + 2], actions[:, t : t + 1]) for t in range(actions.shape[1])]
+        return torch.cat(steps, dim=1)
+
+    jedi.RewardTerminationModel.features = stepwise
+    try:
+        yield
+    finally:
+        jedi.RewardTerminationModel.features = kept
+
+
+WITHOUT = {
+    "nothing left out": contextlib.nullcontext,
+    "frames in chunks (CPU)": without_chunks,
+    "channels-last": without_channels_last,
+    "fused attention": without_fused_attention,
+    "fused optimiser": without_fused_optimizer,
+    "reward model over whole sequences": without_whole_sequences,
+}
+
+
+def leave_one_out(options: argparse.Namespace, args: jedi.Args, device: torch.device, bf16: bool) -> dict:
+    """The three updates and a sample with each optimisation left out."""
+    sample_batch, args = args.batch_size, update_args(args, options.quick)
+    replay, calls = make_replay(args, device), {}
+    variants = {name: (context, args, bf16) for name, context in WITHOUT.items()}
+    if bf16:
+        variants["bf16"] = (contextlib.nullcontext, args, False)
+    if args.compile:
+        variants["compile"] = (contextlib.nullcontext, dataclasses.replace(args, compile=False), bf16)
+    for name, (context, variant_args, variant_bf16) in variants.items():
+        with context():
+            side = make_jedi(variant_args, replay, sample_batch)
+        made = side_calls(side, replay, variant_args, variant_bf16)
+        for what in ("sample", *UPDATES):
+            calls[f"{what}, {name}"] = within(context, made[what])
+    calls = {name: calls[name] for name in sorted(calls, key=lambda n: n.split(",")[0])}  # the variants by turns
+    timing = time_in_turns(calls, device, repeats(options, device))
+    return {
+        **describe_run(args, device, bf16, repeats(options, device)),
+        "batch_size": sample_batch,
+        "update_batch_size": args.batch_size,
+        "variants": list(variants),
+        "seconds": {name: t.as_dict() for name, t in timing.items()},
+    }
+
+
+def within(context: Callable, call: Callable) -> Callable:
+    """The call, with one optimisation left out."""
+
+    def patched():
+        with context():
+            return call()
+
+    return patched
+
+
+def leave_one_out_table(result: dict) -> str:
+    """Rows: what is left out; columns: times, and how much longer they are than with everything."""
+    first, *_ = result["variants"]
+    columns = ("sample", *UPDATES)
+    rows = [["left out", *(f"{c} update" if c in UPDATES else c for c in columns)], ["---", *["---:"] * len(columns)]]
+    for name in result["variants"]:
+        cells = []
+        for what in columns:
+            seconds = result["seconds"][f"{what}, {name}"]["median"]
+            more = seconds / result["seconds"][f"{what}, {first}"]["median"] - 1
+            cells.append(f"{seconds * 1000:,.0f} ms" + ("" if name == first else f" ({more:+.0%})"))
+        rows.append([name, *cells])
+    return markdown(rows)
+
+
 # --- showing
 
 
+def markdown(rows: list[list[str]]) -> str:
+    """Rows of cells as a Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+
+
 def table(result: dict) -> str:
-    """The measurements as a Markdown table."""
+    """JEDI beside pixel diffusion."""
     milli = 1000
 
     def cell(name: str, what: str) -> str:
@@ -371,40 +616,33 @@ def table(result: dict) -> str:
 
     counts, ratios, memory = result["parameters"], result["ratios"], result["memory_bytes"]
     updates, shares = result["updates_seconds"], result["sample_matrix_rate_share"]
+    batch, hours = result["update_batch_size"], (result["projected_hours"], result["projected_hours_pixel"])
+    three = [f"{updates[name] * milli:,.1f} ms" for name in SIDES]
     rows = [
         ["", "JEDI", "pixel diffusion", "JEDI is"],
         ["---"] * 4,
         ["parameters at 18 actions", *(f"{counts[name]['total']:,}" for name in SIDES), ""],
         row(f"sample one next state, batch {result['batch_size']}", "sample"),
-        row("imagined trajectory, 15 steps", "imagine"),
-        *(row(f"{name} update", name) for name in UPDATES),
-        [
-            "the three updates",
-            *(f"{updates[n] * milli:,.1f} ms" for n in SIDES),
-            f"{ratios['updates']:.1f} times faster",
-        ],
+        row(f"imagined trajectory of {result['horizon']} steps, batch {batch}", "imagine"),
+        *(row(f"{name} update, batch {batch}", name) for name in UPDATES),
+        ["the three updates", *three, f"{ratios['updates']:.1f} times faster"],
         ["peak memory", *(f"{memory[name] / 2**30:.2f} GiB" for name in SIDES), f"at {ratios['memory']:.0%} of its"],
+        ["FLOP of a sample", *(f"{result['sample_flop'][name] / 1e9:,.1f} G" for name in SIDES), ""],
         ["sampler's share of the matrix rate", *(f"{shares[name]:.0%}" for name in SIDES), ""],
-        [
-            "a full run of 100k steps",
-            *(f"{result[k]:,.1f} h" for k in ("projected_hours", "projected_hours_pixel")),
-            "",
-        ],
+        [f"a full run of 100k steps, batch {batch}", *(f"{h:,.1f} h" for h in hours), ""],
     ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return markdown(rows)
 
 
-def show(result: dict) -> None:
-    """Print what was measured."""
+def show(result: dict, text: str) -> None:
+    """Print a table and where it was measured."""
     print(f"{result['device']}, {result['threads']} threads, {result['precision']}, ", end="")
-    print(
-        f"compile {'on' if result['compile'] else 'off'}, batch {result['batch_size']}, commit {result['git_commit']}"
-    )
-    print(f"medians of {result['repeats']} timings in turns, smallest and largest in brackets\n")
-    print(table(result))
-    print(f"\nmatrix product {result['matrix_flop_per_second'] / 1e9:,.0f} GFLOP/s; ", end="")
-    print(f"the game {result['game_steps_per_second']:,.0f} steps/s, ", end="")
-    print(f"collecting with the policy {result['collect_steps_per_second']:,.0f} steps/s")
+    print(f"compile {'on' if result['compile'] else 'off'}, commit {result['git_commit']}")
+    print(f"medians of {result['repeats']} timings in turns; in brackets the smallest and the largest\n\n{text}")
+    if "ratios" in result:
+        print(f"\nmatrix product {result['matrix_flop_per_second'] / 1e9:,.0f} GFLOP/s; ", end="")
+        print(f"the game {result['game_steps_per_second']:,.0f} steps/s, ", end="")
+        print(f"collecting with the policy {result['collect_steps_per_second']:,.0f} steps/s")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -413,12 +651,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, device, bf16 = settings(options)
         if options.memory_of:
-            print(memory_of(options.memory_of, args, device, bf16))
+            print(memory_of(options.memory_of, update_args(args, options.quick), args.batch_size, device, bf16))
             return 0
-        if options.json and not options.json.resolve().parent.is_dir():
-            raise jedi.BadInput(f"--json {options.json}: there is no folder {options.json.parent}")
-        result = measure(options, args, device, bf16)
-        show(result)
+        question, make_table = measure, table
+        if options.profile:
+            question, make_table = profile, profile_table
+        elif options.growth:
+            question, make_table = growth, growth_table
+        elif options.leave_one_out:
+            question, make_table = leave_one_out, leave_one_out_table
+        result = question(options, args, device, bf16)
+        text = make_table(result)
+        show(result, text)
+        if options.profile:
+            jedi.write_atomically(options.profile / "epoch.md", (text + "\n").encode())
+            print(f"\ntraces for chrome://tracing or ui.perfetto.dev: {options.profile}/<update>.json")
         if options.json:
             jedi.write_json(options.json, result)
     except jedi.BadInput as error:
