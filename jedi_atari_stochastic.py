@@ -98,7 +98,7 @@ class Args:
     threads: int = 0  # CPU threads of PyTorch; 0 leaves its default, all cores
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU where there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the device has matrix units for it [C]
-    compile: bool = dataclasses.field(default_factory=torch.cuda.is_available)  # torch.compile the losses; on with CUDA
+    compile: bool = dataclasses.field(default_factory=torch.cuda.is_available)  # compile the networks; on with CUDA
     run_dir: str = ""  # folder of the run; empty: runs/<game>__<script>__<seed>__<time>
     resume: bool = False  # carry on the run in --run-dir from its checkpoint
     eval_only: str = ""  # folder of a run: play --final-episodes games with its checkpoint, train nothing
@@ -991,7 +991,8 @@ def sample_next_latent(agent: Agent, context: Tensor, actions: Tensor, args: Arg
     sigmas = karras_sigmas(args.sample_steps, args.sample_sigma_min, args.sample_sigma_max, args.sample_rho)
     gamma = min(args.s_churn / args.sample_steps, math.sqrt(2) - 1)
     # As in DIAMOND's code [D] the start has unit variance, where EDM's algorithm 2 multiplies it by sigma_max.
-    z = torch.randn_like(context[:, -1])
+    # Contiguous, or the order in which the noise is filled in would depend on where the context came from.
+    z = torch.randn_like(context[:, -1], memory_format=torch.contiguous_format)
     for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
         sigma_hat = sigma * (1 + gamma)
         if gamma > 0:
@@ -1444,34 +1445,29 @@ def event(reward: int, end: bool) -> tuple[str, str]:
 
 def film_strip(dream: Dream, title: str) -> np.ndarray:
     """Three rows of pictures: the real game, what the decoder makes of its latents, and the dream. Returns RGB."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from PIL import Image, ImageDraw
 
+    size, gap, left, top, below = 2 * IMAGE_SIZE, 8, 150, 64, 26
     columns = dream.pictures.shape[1]
-    figure = Figure(figsize=(0.95 * columns + 1.3, 4.1), dpi=100)
-    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
-    axes = figure.subplots(3, columns)
+    sheet = Image.new("RGB", (left + columns * (size + gap), top + 3 * (size + below)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((8, 6), title, "black", font_size=20)
     names = ("real game", "decoded from\nits latents", "dream")
     for row, column in np.ndindex(3, columns):
-        ax = axes[row, column]
-        ax.imshow(dream.pictures[row, column], interpolation="nearest")
-        ax.set(xticks=[], yticks=[])
-        if column == 0:
-            ax.set_ylabel(names[row], fontsize=11, rotation=0, ha="right", va="center")
+        x, y = left + column * (size + gap), top + row * (size + below)
         if row == 0:
-            ax.set_title("now" if column == 0 else f"step {column}", fontsize=10)
-        which = (0, None, 1)[row]
-        if which is not None and (dream.rewards[which, column] or dream.ends[which, column]):
-            text, colour = event(dream.rewards[which, column], dream.ends[which, column])
-            ax.set_xlabel(text, fontsize=11, color=colour, weight="bold", labelpad=2)
-            for spine in ax.spines.values():
-                spine.set(edgecolor=colour, linewidth=3)
-    figure.subplots_adjust(
-        left=1.15 / figure.get_figwidth(), right=0.995, top=0.83, bottom=0.07, wspace=0.06, hspace=0.2
-    )
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+            draw.text(
+                (x + size / 2, y - 5), "now" if column == 0 else f"step {column}", "black", font_size=16, anchor="mb"
+            )
+        if column == 0:
+            draw.multiline_text((8, y + size / 2 - 20), names[row], "black", font_size=18)
+        text, colour = ("", "") if row == 1 else event(dream.rewards[row // 2, column], dream.ends[row // 2, column])
+        if text:
+            draw.rectangle((x - 4, y - 4, x + size + 3, y + size + 3), colour)
+            draw.text((x + size / 2, y + size + 4), text, colour, font_size=19, anchor="ma")
+        picture = Image.fromarray(dream.pictures[row, column])
+        sheet.paste(picture.resize((size, size), Image.Resampling.NEAREST), (x, y))
+    return np.asarray(sheet)
 
 
 def film(dream: Dream, path: Path, milliseconds: int) -> None:
@@ -1539,7 +1535,7 @@ def learning_curves(lines: list[dict], title: str) -> np.ndarray:
         if "error" in name:
             ax.axhline(1, color="0.5", linewidth=1)
             ax.set_yscale("log")
-        if ax.lines:
+        if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -1861,7 +1857,7 @@ def set_rng_state(saved: dict, device: torch.device) -> None:
 
 # A checkpoint is an ordinary torch.save file, a zip archive, whose comment holds the format's number, the length of all
 # before the comment, and its CRC-32: PyTorch does not look at the checksums inside of the archive.
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 SEAL = struct.Struct("<4sIQI")  # b"JEDI", format, length, checksum
 
 
@@ -1994,6 +1990,25 @@ def prepare_run_dir(args: Args, name: str) -> tuple[Path, io.BufferedWriter]:
 # ======================================================================================================================
 
 
+class Compiled:
+    """Methods of networks, compiled by PyTorch. As a context manager it puts them in place, while an update runs.
+
+    The networks, not the losses around them: a rollout of 15 steps calls the denoiser 45 times and would take many
+    minutes to compile as one program. Play and evaluation stay as written: each new shape would be compiled anew.
+    """
+
+    def __init__(self, methods: list[tuple[nn.Module, str]]):
+        self.methods = [(module, name, torch.compile(getattr(module, name))) for module, name in methods]
+
+    def __enter__(self) -> None:
+        for module, name, function in self.methods:
+            setattr(module, name, function)
+
+    def __exit__(self, *error) -> None:
+        for module, name, _ in self.methods:
+            delattr(module, name)  # the class's own method shows again
+
+
 class Part(NamedTuple):
     """One of the three updates: its loss, the parameters that it moves, and how it draws its batch."""
 
@@ -2002,6 +2017,7 @@ class Part(NamedTuple):
     parameters: list[nn.Parameter]
     clip: float
     sample: object  # (replay) -> Windows
+    compiled: contextlib.AbstractContextManager  # what is compiled is in place within it
 
 
 def make_optimizer(
@@ -2027,7 +2043,8 @@ def make_optimizer(
 def make_parts(agent: Agent, args: Args, device: torch.device) -> dict[str, Part]:
     """The three updates. The encoder learns from the first two; the actor-critic learns alone."""
     n = args.context_frames
-    wrap = torch.compile if args.compile else (lambda function: function)
+    methods = [(agent.encoder, "layers"), (agent.denoiser, "forward"), (agent.reward, "features")]
+    compiled = Compiled(methods) if args.compile else contextlib.nullcontext()
     diffusion = make_optimizer(args, agent.denoiser, agent.encoder, args.weight_decay, device)
     reward = make_optimizer(args, agent.reward, agent.encoder, args.weight_decay, device)
     policy = make_optimizer(args, agent.policy, None, 0.0, device)
@@ -2035,16 +2052,16 @@ def make_parts(agent: Agent, args: Args, device: torch.device) -> dict[str, Part
     b, window = args.batch_size, n + args.reward_window
     return {
         "diffusion": Part(
-            wrap(diffusion_loss), diffusion, parameters[0], args.clip_diffusion,
-            lambda replay: replay.sample_frames(b, n + args.target_frames, final=True),
+            diffusion_loss, diffusion, parameters[0], args.clip_diffusion,
+            lambda replay: replay.sample_frames(b, n + args.target_frames, final=True), compiled,
         ),
         "reward": Part(
-            wrap(reward_termination_loss), reward, parameters[1], args.clip_other,
-            lambda replay: replay.sample_transitions(b, window),
+            reward_termination_loss, reward, parameters[1], args.clip_other,
+            lambda replay: replay.sample_transitions(b, window), compiled,
         ),
         "policy": Part(
-            wrap(actor_critic_loss), policy, parameters[2], args.clip_other,
-            lambda replay: replay.sample_frames(b, n, final=False),
+            actor_critic_loss, policy, parameters[2], args.clip_other,
+            lambda replay: replay.sample_frames(b, n, final=False), compiled,
         ),
     }  # fmt: skip
 
@@ -2072,7 +2089,7 @@ def update(agent: Agent, part: Part, batch: Windows, number: int, args: Args, bf
     if number <= args.warmup_updates:
         for group in part.optimizer.param_groups:
             group["lr"].fill_(group["peak"] * warm)
-    with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=bf16):
+    with part.compiled, torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=bf16):
         loss, metrics = part.loss(agent, batch, args)
     part.optimizer.zero_grad(set_to_none=True)
     loss.backward()

@@ -132,22 +132,17 @@ def make_replay(args: jedi.Args, device: torch.device) -> jedi.ReplayBuffer:
     return replay
 
 
-def wrap(args: jedi.Args) -> Callable:
-    """The same compilation for both sides."""
-    return torch.compile if args.compile else lambda function: function
-
-
 def make_jedi(args: jedi.Args, replay: jedi.ReplayBuffer, sample_batch: int) -> Side:
     agent = jedi.Agent(NUM_ACTIONS, args).to(replay.device)
     context, actions = context_of(args, replay, sample_batch)
     z = agent.encode(context).detach()
-    sample, imagine = wrap(args)(jedi.sample_next_latent), wrap(args)(jedi.imagine)
+    parts = jedi.make_parts(agent, args, replay.device)
     return Side(
         "jedi",
         agent,
-        jedi.make_parts(agent, args, replay.device),
-        lambda: sample(agent, z, actions, args),
-        lambda windows: imagine(agent, windows, args),
+        parts,
+        lambda: jedi.sample_next_latent(agent, z, actions, args),
+        lambda windows: jedi.imagine(agent, windows, args),
         jedi.parameter_counts(agent),
     )
 
@@ -156,20 +151,26 @@ def make_pixel(args: jedi.Args, replay: jedi.ReplayBuffer, sample_batch: int) ->
     agent = pixel.PixelAgent(NUM_ACTIONS, args).to(replay.device)
     frames, actions = context_of(args, replay, sample_batch)
     x = pixel.to_pixels(frames)
-    sample, imagine = wrap(args)(pixel.sample_next_frame), wrap(args)(pixel.imagine)
     losses = (pixel.diffusion_loss, pixel.reward_termination_loss, pixel.actor_critic_loss)
     networks, decays = (agent.denoiser, agent.reward, agent.policy), (args.weight_decay, args.weight_decay, 0.0)
-    model = jedi.make_parts(jedi.Agent(NUM_ACTIONS, args), args, replay.device)  # how each part draws and clips
-    parts = {}
-    for (name, part), loss, network, decay in zip(model.items(), losses, networks, decays, strict=True):
-        optimizer = jedi.make_optimizer(args, network, None, decay, replay.device)
-        parts[name] = part._replace(loss=wrap(args)(loss), optimizer=optimizer, parameters=list(network.parameters()))
+    methods = [(network, "layers") for network in networks]
+    compiled = jedi.Compiled(methods) if args.compile else contextlib.nullcontext()
+    # How each part draws its batch and clips its gradient is JEDI's.
+    eager = dataclasses.replace(args, compile=False)
+    like, parts = jedi.make_parts(jedi.Agent(NUM_ACTIONS, args), eager, replay.device), {}
+    for (name, part), loss, network, decay in zip(like.items(), losses, networks, decays, strict=True):
+        parts[name] = part._replace(
+            loss=loss,
+            optimizer=jedi.make_optimizer(args, network, None, decay, replay.device),
+            parameters=list(network.parameters()),
+            compiled=compiled,
+        )
     return Side(
         "pixel",
         agent,
         parts,
-        lambda: sample(agent, x, actions, args),
-        lambda windows: imagine(agent, windows, args),
+        lambda: pixel.sample_next_frame(agent, x, actions, args),
+        lambda windows: pixel.imagine(agent, windows, args),
         pixel.parameter_counts(agent),
     )
 
@@ -220,22 +221,22 @@ def one_update(side: Side, name: str, replay: jedi.ReplayBuffer, args: jedi.Args
     return lambda: jedi.update(side.agent, part, part.sample(replay), args.warmup_updates + 1, args, bf16)
 
 
-def autocast(call: Callable, device: torch.device, bf16: bool) -> Callable:
-    """The call, in the precision of training."""
+def as_in_training(call: Callable, side: Side, device: torch.device, bf16: bool) -> Callable:
+    """The call in the precision of an update, with what is compiled there."""
 
-    def cast():
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    def wrapped():
+        with side.parts["policy"].compiled, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return call()
 
-    return cast
+    return wrapped
 
 
 def side_calls(side: Side, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: bool) -> dict[str, Callable]:
     """What is timed of a side."""
     start = side.parts["policy"].sample(replay)
     calls = {
-        "sample": autocast(side.sample, replay.device, bf16),
-        "imagine": autocast(lambda: side.imagine(start), replay.device, bf16),
+        "sample": as_in_training(side.sample, side, replay.device, bf16),
+        "imagine": as_in_training(lambda: side.imagine(start), side, replay.device, bf16),
     }
     return calls | {name: one_update(side, name, replay, args, bf16) for name in UPDATES}
 

@@ -62,6 +62,7 @@ def outcome(run_dir: Path) -> dict:
         "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
         "result": result,
         "weights": {k: v.numpy().tobytes() for k, v in {**saved["agent"], **moments}.items()},
+        "decoder": {k: v.numpy().tobytes() for k, v in saved["decoder"][0].items()},
         "generators": saved["rng"]["cpu"].numpy().tobytes(),
         "game": saved["collector"]["game"]["emulator"].numpy().tobytes(),
         "replay": (run_dir / "replay.bin").read_bytes(),

@@ -1,0 +1,175 @@
+"""benchmark/speed.py: the baseline has DIAMOND's sizes, and JEDI is ahead of it; the optimisations change no result."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_agent, random_windows, replace
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import pixel_diffusion as pixel
+import speed
+
+import jedi_atari as jedi
+
+
+@pytest.fixture(scope="module")
+def pixel_agent() -> pixel.PixelAgent:
+    torch.manual_seed(0)
+    network = pixel.PixelAgent(5, jedi.Args())
+    for parameter in network.parameters():
+        if not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def test_the_baselines_sizes():
+    """Parameters of DIAMOND at 18 actions: 4.41, 5.90 and 3.24 million, 13,546,326 in all."""
+    counts = pixel.parameter_counts(pixel.PixelAgent(18, jedi.Args()))
+    assert counts == {"denoiser": 4_406_851, "reward": 5_902_656, "policy": 3_236_819, "total": 13_546_326}
+
+
+def test_the_baseline_trains(pixel_agent):
+    """Each loss is finite and reaches all parameters of its network, and of no other."""
+    args = jedi.Args(horizon=2)
+    losses = {
+        "denoiser": (pixel.diffusion_loss, 6),
+        "reward": (pixel.reward_termination_loss, 4),
+        "policy": (pixel.actor_critic_loss, 4),
+    }
+    for name, (loss, length) in losses.items():
+        batch = random_windows(args, length, batch=2)
+        batch = batch._replace(mask=batch.mask[:, 1:]) if name == "reward" else batch
+        pixel_agent.zero_grad(set_to_none=True)
+        value, _ = loss(pixel_agent, batch, args)
+        value.backward()
+        assert torch.isfinite(value)
+        for network, parameters in pixel_agent.named_children():
+            touched = [p.grad is not None for p in parameters.parameters()]
+            assert all(touched) if network == name else not any(touched), (name, network)
+
+
+def test_the_baselines_frames_are_quantised(pixel_agent):
+    args = jedi.Args()
+    context = pixel.to_pixels(random_windows(args, 4, batch=2).frames)
+    x = torch.randn(2, 3, 64, 64)
+    clean = pixel.denoise(pixel_agent, x, torch.full((2,), 1.0), context, torch.zeros(2, 4, dtype=torch.int64), args)
+    values = (clean.detach() + 1) * 127.5
+    assert clean.abs().max() <= 1 and torch.allclose(values, values.round(), atol=1e-3)
+    frames = random_windows(args, 1).frames
+    assert torch.equal(pixel.quantise(pixel.to_pixels(frames)), pixel.to_pixels(frames))
+
+
+@pytest.mark.parametrize("name", [name for name in speed.WITHOUT if name != "nothing left out"])
+def test_an_optimisation_changes_no_result(micro, name):
+    """Losses and gradients with and without it, on the same batch."""
+    found = []
+    for context in (speed.WITHOUT[name], speed.contextlib.nullcontext):
+        with context():
+            found.append(losses_and_gradients(micro))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def losses_and_gradients(args: jedi.Args, bf16: bool = False) -> list[torch.Tensor]:
+    """All three losses, and the gradients of all parameters, of the same agent on the same batches."""
+    agent, result = random_agent(args, 5), []
+    parts = jedi.make_parts(agent, args, torch.device("cpu"))
+    lengths = (args.context_frames + 2, args.context_frames + 3, args.context_frames)
+    for part, length in zip(parts.values(), lengths, strict=True):
+        batch = random_windows(args, length)
+        batch = batch._replace(mask=batch.mask[:, 1:]) if part is parts["reward"] else batch
+        agent.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        with part.compiled, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value, _ = part.loss(agent, batch, args)
+        value.backward()
+        result += [value.detach(), *(p.grad.clone() for p in agent.parameters() if p.grad is not None)]
+    return result
+
+
+def test_bf16_and_fp32_agree(micro):
+    """Losses to 3%; gradients point the same way. The imagined trajectories of the policy's loss may part, since
+    sampled actions do, so it is left out."""
+    args = replace(micro, denoiser_width=32, lstm_size=32)
+    exact, short = losses_and_gradients(args), losses_and_gradients(args, bf16=True)
+    world_model = [i for i, x in enumerate(exact) if x.dim() == 0]
+    for a, b in zip(exact[: world_model[2]], short[: world_model[2]], strict=True):
+        if a.dim() == 0:
+            assert abs(a - b) < 0.03 * abs(a)
+    joined = [torch.cat([x.flatten() for x in side[: world_model[2]] if x.dim()]) for side in (exact, short)]
+    assert torch.cosine_similarity(*joined, dim=0) > 0.99
+
+
+@pytest.mark.slow
+def test_compiled_and_eager_agree(micro):
+    """All three losses and all gradients: only networks are compiled, so the random numbers are the same."""
+    if shutil.which("c++") is None:
+        pytest.skip("the compiler needs a C++ compiler on a CPU")
+    eager = losses_and_gradients(micro)
+    compiled = losses_and_gradients(replace(micro, compile=True))
+    for a, b in zip(eager, compiled, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), (a - b).abs().max()
+
+
+def test_compiled_methods_are_in_place_only_within(micro, agent):
+    """Nothing is compiled before it is called, so this costs nothing."""
+    part = jedi.make_parts(agent, replace(micro, compile=True), torch.device("cpu"))["diffusion"]
+    plain = agent.denoiser.forward
+    with part.compiled:
+        assert "forward" in vars(agent.denoiser) and "layers" in vars(agent.encoder)
+    assert agent.denoiser.forward == plain and "layers" not in vars(agent.encoder)
+
+
+def test_a_batch_costs_the_same_however_full_the_replay_is():
+    """Drawing and gathering 32 windows from 60,000 records and from 2,000: within a wide margin, the same time."""
+    args, times = jedi.Args(), {}
+    replays = {records: speed.full_buffer(records, torch.device("cpu")) for records in (2_000, 60_000)}
+    calls = {
+        records: (lambda r=replay: r.sample_frames(args.batch_size, 6, final=True))
+        for records, replay in replays.items()
+    }
+    times = speed.time_in_turns(calls, torch.device("cpu"), 5)
+    assert times[60_000].low < 2 * times[2_000].low
+
+
+def speed_command(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "benchmark" / "speed.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+
+def test_jedi_is_ahead(tmp_path):
+    """The short form of the benchmark; only ratios with a wide margin are checked."""
+    done = speed_command("--quick", "--repeats", "1", "--json", str(tmp_path / "speed.json"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert set(result["ratios"]) == {"sample", "imagine", "updates", "memory"}
+    assert result["ratios"]["sample"] >= 10, result["ratios"]
+    assert result["ratios"]["updates"] > 2 and result["projected_hours"] < result["projected_hours_pixel"]
+    assert 0.05 < result["matrix_rate_share"] < 1.2
+    assert result["parameters"]["pixel"]["total"] == 13_546_326
+    assert "sample one next state, batch 32" in done.stdout
+    flop = result["sample_flop"]
+    # design: about 16 GFLOP a pass at 18 actions, three passes; the encoder is not in it
+    assert 35e9 < flop["jedi"] < 50e9 < 10 * flop["jedi"] < flop["pixel"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats", "0"], "--repeats is 0"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--device", "tpu"], "--device is 'tpu'"),
+        (["--growth", "--leave-one-out"], "do not go together"),
+        (["--json", "/no/such/folder/a.json"], "there is no folder"),
+        (["--env-id", "Pogn"], "did you mean"),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    assert speed.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
