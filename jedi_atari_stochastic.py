@@ -961,10 +961,16 @@ def sample_sigma(batch_size: int, args: Args, device: torch.device) -> Tensor:
     return torch.exp(normal * args.noise_std + args.noise_mean).clamp(args.noise_min, args.noise_max)
 
 
+def noise_like(x: Tensor) -> Tensor:
+    """Standard normal noise of x's shape. Contiguous: random numbers are filled in in the order of memory, so that
+    otherwise the same seed would give other noise where x was made in another way."""
+    return torch.randn_like(x, memory_format=torch.contiguous_format)
+
+
 def add_noise(z: Tensor, sigma: Tensor, sigma_offset: float) -> Tensor:
     """z (B, C, H, W) plus noise of level sigma (B,) plus one shared value per channel, scaled by sigma_offset [D]."""
     offset = sigma_offset * torch.randn(*z.shape[:2], 1, 1, device=z.device)
-    return z + sigma[:, None, None, None] * torch.randn_like(z) + offset
+    return z + sigma[:, None, None, None] * noise_like(z) + offset
 
 
 def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
@@ -991,12 +997,11 @@ def sample_next_latent(agent: Agent, context: Tensor, actions: Tensor, args: Arg
     sigmas = karras_sigmas(args.sample_steps, args.sample_sigma_min, args.sample_sigma_max, args.sample_rho)
     gamma = min(args.s_churn / args.sample_steps, math.sqrt(2) - 1)
     # As in DIAMOND's code [D] the start has unit variance, where EDM's algorithm 2 multiplies it by sigma_max.
-    # Contiguous, or the order in which the noise is filled in would depend on where the context came from.
-    z = torch.randn_like(context[:, -1], memory_format=torch.contiguous_format)
+    z = noise_like(context[:, -1])
     for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
         sigma_hat = sigma * (1 + gamma)
         if gamma > 0:
-            z = z + math.sqrt(sigma_hat**2 - sigma**2) * torch.randn_like(z)
+            z = z + math.sqrt(sigma_hat**2 - sigma**2) * noise_like(z)
         levels = torch.full((len(z),), sigma_hat, device=z.device)
         denoised = denoise(agent, z, levels, context, actions, args)
         z = z + (sigma_next - sigma_hat) * (z - denoised) / sigma_hat
@@ -1053,7 +1058,7 @@ def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[T
     if args.reward_noise > 0:
         # DEVIATION 8: a model that has only seen true latents does not know the rewards of imagined ones.
         level = args.reward_noise * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
-        z = z + level * torch.randn_like(z)
+        z = z + level * noise_like(z)
     reward_logits, end_logits = agent.reward(z, batch.actions[:, :-1])
     sign = batch.rewards[:, :-1].sign().long()
     reward_error = F.cross_entropy(reward_logits.flatten(0, 1), sign.flatten() + 1, reduction="none")
@@ -1138,7 +1143,8 @@ def imagine(agent: Agent, start: Windows, args: Args) -> Imagined:
 
 def sample_categorical(logits: Tensor) -> Tensor:
     """(..., K) logits -> (...) samples, by the Gumbel-max trick: no synchronisation, unlike torch.multinomial."""
-    return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
+    noise = torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_()  # as in noise_like
+    return (logits - noise.log()).argmax(-1)
 
 
 def lambda_returns(rewards: Tensor, ends: Tensor, values: Tensor, gamma: float, lambda_: float) -> Tensor:
