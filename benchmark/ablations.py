@@ -1,0 +1,345 @@
+"""What does each choice bring? The papers' ablations, and the choices that the sources leave open.
+
+    python benchmark/ablations.py                                  # the whole table: about 2 hours on 2 CPU cores
+    python benchmark/ablations.py --games Pong --only "no clamp"   # some of it
+    python benchmark/ablations.py --table                          # the table again, from the raw results
+
+Each variant changes one argument or one function of `jedi_atari.py` and nothing else, and makes the same number of
+updates on the same play. On Catch (tests/toys.py) all of JEDI is trained; on a real game encoder, denoiser and
+reward/termination model alone, on random play.
+
+Judged by what two latent spaces have in common, on play that was not trained on:
+
+- reward k: probability that the reward/termination model gives to the true reward of a rewarded step, seeing latents
+  imagined k steps ahead (0: true ones); false alarms: share of other steps on which it sees a reward;
+- pixels k: error of the picture decoded from latents imagined k steps ahead, over the error of showing the last real
+  frame again (below 1 is skill), counted where the picture changes;
+- position (Catch): share of imagined latents, 3 steps ahead, off which a linear probe reads the ball's true place;
+- return (Catch): mean over 100 games of the trained policy; random play -0.6, perfect play +1;
+- rank, std: health of the latents.
+
+Results are written one file a run to --out, and a run that is there is not made again.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import toys  # noqa: F401  (registers toys:Catch-v0)
+
+import jedi_atari as jedi
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The sizes of the tiny preset with the papers' choices: what the variants are changed from.
+COMMON = jedi.PRESETS["tiny"] | dict(latent_norm="none", reward_noise=0.0, encoder_lr_scale=0.03, decoder=True)
+GAMES = {
+    "Catch": COMMON
+    | dict(
+        env_id="toys:Catch-v0", total_steps=1_000, first_steps_min=1_000, first_steps_max=1_000, final_epochs=0,
+        first_diffusion_updates=400, first_reward_updates=350, first_policy_updates=250, context_frames=2,
+        encoder_width=8, denoiser_width=32, cond_dim=64, reward_width=8, reward_cond_dim=32, lstm_size=128,
+        reward_window=2, horizon=5, entropy_weight=0.01, heldout_steps=400, eval_episodes=40, final_episodes=100,
+        eval_envs=20, max_episode_steps=100,
+    ),
+    "Pong": COMMON
+    | dict(
+        env_id="Pong", total_steps=3_000, first_steps_min=3_000, first_steps_max=3_000, final_epochs=0,
+        first_diffusion_updates=300, first_reward_updates=300, first_policy_updates=0, heldout_steps=1_600,
+        eval_episodes=2, final_episodes=2,
+    ),
+}  # fmt: skip
+
+
+# --- variants that change a function
+
+
+@contextlib.contextmanager
+def replaced(owner: object, name: str, function: Callable):
+    """`owner.name` is `function`, within."""
+    kept = getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, kept)
+
+
+def no_clamp():
+    """Latents without bounds, neither the encoder's nor the denoiser's."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(replaced(jedi, "clamp_latent", lambda z: z))
+    stack.enter_context(replaced(jedi.LatentNorm, "clamp", lambda self, z: z))
+    return stack
+
+
+def normalised_before_clamp():
+    """A group norm without parameters, one group, before the encoder's clamp."""
+    layers, clamp = jedi.Encoder.layers, jedi.clamp_latent
+
+    def normalised(self, frames):
+        with replaced(jedi, "clamp_latent", lambda x: clamp(F.group_norm(x, 1))):
+            return layers(self, frames)
+
+    return replaced(jedi.Encoder, "layers", normalised)
+
+
+def no_denoising_gradient():
+    """The encoder learns from rewards and terminations alone."""
+    loss = jedi.diffusion_loss
+
+    def detached(agent, batch, args):
+        encode = agent.encoder.forward
+        with replaced(agent.encoder, "forward", lambda frames: encode(frames).detach()):
+            return loss(agent, batch, args)
+
+    return replaced(jedi, "diffusion_loss", detached)
+
+
+def averaged_target(rate: float = 0.01):
+    """The denoiser's targets come from a running average of the encoder's weights, as in BYOL and I-JEPA."""
+    loss, averages = jedi.diffusion_loss, {}
+
+    def with_average(agent, batch, args):
+        if id(agent) not in averages:
+            averages[id(agent)] = copy.deepcopy(agent.encoder)
+        average, n = averages[id(agent)], args.context_frames
+        with torch.no_grad():
+            for old, new in zip(average.parameters(), agent.encoder.parameters(), strict=True):
+                old.lerp_(new, rate)
+            targets = average(batch.frames[:, n:])
+        encode = agent.encoder.forward
+        # The first target is also context of the second: there the averaged latent stands in for the encoder's own.
+        joined = lambda frames: torch.cat([encode(frames[:, :n]), targets], dim=1)  # noqa: E731
+        with replaced(agent.encoder, "forward", joined):
+            return loss(agent, batch, args)
+
+    return replaced(jedi, "diffusion_loss", with_average)
+
+
+def regression():
+    """The next latent is predicted at once, by squared error, in place of diffusion: no noise, one pass."""
+
+    def predict(agent, context, actions, args):
+        start = torch.zeros_like(context[:, -1])
+        levels = torch.full((len(start),), args.sample_sigma_max, device=start.device)
+        return jedi.denoise(agent, start, levels, context, actions, args)
+
+    def loss(agent, batch, args):
+        n = args.context_frames
+        latents = agent.encoder(batch.frames)
+        agent.norm.update(latents.detach(), batch.mask)
+        z = agent.norm(latents) * batch.mask[..., None, None, None]
+        context, losses = list(z[:, :n].unbind(1)), []
+        for i in range(args.target_frames):
+            guess = predict(agent, torch.stack(context[-n:], dim=1), batch.actions[:, i : i + n], args)
+            losses.append((guess - z[:, n + i].detach()).square().mean((1, 2, 3)))
+            switch = torch.rand((), device=z.device) < args.switch_prob
+            context.append(torch.where(switch, guess.detach(), z[:, n + i]))
+        value = jedi.masked_mean(torch.stack(losses, dim=1), batch.mask[:, n:]) / args.sigma_data**2
+        return value, {"loss": value.detach(), "latent_std": z.detach().std()}
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(replaced(jedi, "diffusion_loss", loss))
+    stack.enter_context(replaced(jedi, "sample_next_latent", torch.no_grad()(predict)))
+    return stack
+
+
+def start_at_sigma_max():
+    """The sampler's first noise has the level that its schedule begins with, as in EDM's algorithm 2."""
+    sample = jedi.sample_next_latent
+
+    def scaled(agent, context, actions, args):
+        noise_like, first = jedi.noise_like, [True]
+
+        def noise(x):
+            factor = args.sample_sigma_max if first[0] else 1.0
+            first[0] = False
+            return factor * noise_like(x)
+
+        with replaced(jedi, "noise_like", noise):
+            return sample(agent, context, actions, args)
+
+    return replaced(jedi, "sample_next_latent", scaled)
+
+
+class Variant(NamedTuple):
+    """One change: of arguments, or of a function."""
+
+    arguments: dict = {}
+    change: Callable = contextlib.nullcontext
+
+
+VARIANTS: dict[str, Variant] = {
+    "the papers'": Variant(),
+    # the papers' ablations
+    "no clamp": Variant(change=no_clamp),
+    "context never the denoiser's output": Variant({"switch_prob": 0.0}),
+    "context always the denoiser's output": Variant({"switch_prob": 1.0}),
+    "averaged target encoder": Variant(change=averaged_target),
+    "no denoising gradient into the encoder": Variant(change=no_denoising_gradient),
+    "regression in place of diffusion": Variant(change=regression),
+    # what the sources leave open
+    "centred latents": Variant({"latent_norm": "center"}),
+    "centred latents, reward noise 0.2": Variant({"latent_norm": "center", "reward_noise": 0.2}),
+    "group norm before the clamp": Variant(change=normalised_before_clamp),
+    "sigma_data 1": Variant({"sigma_data": 1.0}),
+    "no offset noise": Variant({"sigma_offset": 0.0}),
+    "reward noise 0.2": Variant({"reward_noise": 0.2}),
+    "encoder 10 times as fast": Variant({"encoder_lr_scale": 0.3}),
+    "first noise times sigma_max": Variant(change=start_at_sigma_max),
+}
+
+
+# --- one run
+
+
+def run(game: str, name: str, seed: int, threads: int, **changes) -> dict:
+    """Train one variant on one game and measure it."""
+    variant, begun = VARIANTS[name], time.monotonic()
+    arguments = GAMES[game] | variant.arguments | changes | {"seed": seed, "threads": threads}
+    with tempfile.TemporaryDirectory() as folder, variant.change():
+        args = jedi.Args(**arguments, run_dir=f"{folder}/run")
+        result = jedi.train(args)
+        saved = jedi.load_checkpoint(Path(args.run_dir), torch.device("cpu"))
+        found = measure(args, saved)
+    measures = result["measures"]
+    return {
+        "game": game,
+        "variant": name,
+        "seed": seed,
+        "reward": {k: measures[f"reward_prob_{k}"] for k in (0, 1, 3, 5)},
+        "false_alarms": measures["reward_false_alarms"],
+        "rank": measures["latent_effective_rank"],
+        "std": measures["latent_std"],
+        "return": result["mean_return"] if game == "Catch" else None,
+        **found,
+        "seconds": time.monotonic() - begun,
+        "git_commit": result["git_commit"],
+        "device": result["device"],
+        "updates": result["updates"],
+        "arguments": dataclasses.asdict(args),
+    }
+
+
+@torch.no_grad()
+def measure(args: jedi.Args, saved: dict) -> dict:
+    """Pixels and positions, of play by a policy that has not learned: the same for all variants."""
+    env = jedi.make_env(args)
+    agent = jedi.Agent(int(env.action_space.n), args)
+    env.close()
+    fresh = copy.deepcopy(agent.policy.state_dict())
+    agent.load_state_dict(saved["agent"])
+    decoder = jedi.Decoder()
+    decoder.load_state_dict(saved["decoder"][0])
+    agent.policy.load_state_dict(fresh)
+    torch.manual_seed(args.seed)
+    episodes = 2 if args.env_id == "Pong" else 100
+    heldout = jedi.evaluate(agent, args, torch.device("cpu"), episodes, 77 + args.seed).heldout
+    n, ahead = args.context_frames, 3
+    windows = heldout.all_windows(n + ahead, stride=1, count=256)
+    z = agent.encode(windows.frames)
+    imagined = jedi.open_loop(agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args)
+    found = {"pixels": pixel_ratios(decoder, imagined, windows.frames[:, n - 1 :])}
+    if args.env_id != "Pong":
+        found["position"] = position(agent, heldout, imagined[:, -1], windows.frames[:, -1])
+    return found
+
+
+def pixel_ratios(decoder: jedi.Decoder, imagined: torch.Tensor, frames: torch.Tensor) -> dict[int, float]:
+    """Squared error of decoded pictures over that of the last real frame (frames[:, 0]), where the picture changes."""
+    ratios, last = {}, frames[:, 0].float()
+    for k in range(1, frames.shape[1]):
+        shown, real = torch.from_numpy(decoder.pictures(imagined[:, k - 1])).float(), frames[:, k].float()
+        changes = (real - last).abs().amax(-1, keepdim=True) > 10
+        ratios[k] = (((shown - real).square() * changes).sum() / ((last - real).square() * changes).sum()).item()
+    return ratios
+
+
+@torch.enable_grad()
+def position(agent: jedi.Agent, heldout: jedi.ReplayBuffer, imagined: torch.Tensor, frames: torch.Tensor) -> float:
+    """Share of imagined latents off which a linear probe of true latents reads the ball's place."""
+    from drift import ball_columns, train_probe
+
+    with torch.no_grad():
+        z = agent.encode(heldout.frames[: heldout.size])
+    probe = train_probe(z, ball_columns(heldout.frames[: heldout.size]))
+    return (probe(imagined.flatten(1)).argmax(1) == ball_columns(frames)).float().mean().item()
+
+
+# --- all runs, and the table
+
+
+def file_of(out: Path, game: str, name: str, seed: int) -> Path:
+    plain = "".join(c if c.isalnum() else "_" for c in name).strip("_")
+    return out / f"{game}__{plain}__{seed}.json"
+
+
+def table(out: Path, game: str) -> str:
+    """A Markdown table of the results of one game: means over seeds, the single values beside them."""
+    results = [json.loads(path.read_text()) for path in sorted(out.glob(f"{game}__*.json"))]
+    columns: dict[str, Callable] = {f"reward {k}": lambda r, k=k: r["reward"][str(k)] for k in (0, 1, 3, 5)}
+    columns |= {"false alarms": lambda r: r["false_alarms"]}
+    columns |= {f"pixels {k}": lambda r, k=k: r["pixels"][str(k)] for k in (1, 3)}
+    if game == "Catch":
+        columns |= {"position": lambda r: r["position"], "return": lambda r: r["return"]}
+    columns |= {"rank": lambda r: r["rank"], "std": lambda r: r["std"]}
+    lines = ["| variant | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for name in VARIANTS:
+        of_name = [r for r in results if r["variant"] == name]
+        if not of_name:
+            continue
+        cells = []
+        for read in columns.values():
+            values = [value for value in map(read, of_name) if value is not None]
+            single = ", ".join(f"{v:.2f}" for v in values)
+            cells.append(f"{statistics.mean(values):.2f} ({single})" if values else "no data")
+        lines.append(f"| {name} | {len(of_name)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--games", nargs="+", choices=list(GAMES), default=list(GAMES))
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run; 0: all cores")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "ablations")
+    parser.add_argument("--table", action="store_true", help="print the tables of --out, run nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    options = parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    todo = [(s, g, v) for s in options.seeds for g in options.games for v in options.only]
+    for i, (seed, game, name) in enumerate([] if options.table else todo):
+        path = file_of(options.out, game, name, seed)
+        if not path.exists():
+            print(f"--- {i + 1} of {len(todo)}: {game}, {name}, seed {seed}", flush=True)
+            jedi.write_json(path, run(game, name, seed, options.threads))
+    text = "\n\n".join(f"## {game}\n\n{table(options.out, game)}" for game in options.games)
+    print(text)
+    if not options.table:
+        jedi.write_atomically(options.out / "ablations.md", (text + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
