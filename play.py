@@ -1,0 +1,995 @@
+"""Play the game of a run, or play inside its dream: a small web page, and the world model as a gymnasium environment.
+
+    python play.py runs/Pong__...               # prints the address of the page; Ctrl-C ends it
+    python play.py runs/Pong__... --port 9000   # where that machine has no screen: ssh -L 9000:127.0.0.1:9000 machine
+
+    from play import DreamEnv
+    env = DreamEnv("runs/Pong__...")            # reset() and step() happen in the world model alone
+
+Read downward: 1 a trained run, 2 scenes (the real game, the dream), 3 DreamEnv, 4 what one tab plays, 5 the server,
+6 the command line. The page is in play_web/; what it and the server say to each other stands above `pack`.
+
+The networks draw from PyTorch's global random generator, which threads share: use a run's environments from one thread,
+as the server does, whose one worker thread takes a step of each tab in turn.
+"""
+
+import argparse
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import functools
+import io
+import ipaddress
+import itertools
+import json
+import math
+import secrets
+import signal
+import socket
+import struct
+import sys
+import traceback
+import zlib
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import aiohttp
+import gymnasium as gym
+import numpy as np
+import torch
+from aiohttp import web
+from torch import Tensor
+
+import jedi_atari
+import jedi_atari_stochastic
+
+FPS = 15  # steps per second at speed 1: the console's 60 frames, 4 to a step
+REST = 15  # ticks for which the end of a game or dream stays on the screen
+MOST_SAMPLE_STEPS = 10
+SPEEDS = (0.1, 4.0)
+MOST_TABS = 16
+FILM_FRAMES = 60 * FPS  # the longest recording
+WEB = Path(__file__).resolve().parent / "play_web"
+PAGES = {"index.html": "text/html", "play.js": "text/javascript", "style.css": "text/css"}  # all that is served
+BAD_INPUT = (jedi_atari.BadInput, jedi_atari_stochastic.BadInput)
+
+
+# ======================================================================================================================
+# 1. A trained run
+# ======================================================================================================================
+
+
+class Replay:
+    """Recorded play to start dreams from: read a few records at a time, since a file can be larger than memory."""
+
+    def __init__(self, records: np.ndarray, recorded: bool):
+        self.records, self.recorded = records, recorded  # recorded: by the run itself
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def window(self, index: int, length: int) -> tuple[np.ndarray, list[int], int]:
+        """The frame at `index` after up to `length` - 1 frames of its episode, (k, 64, 64, 3), the k - 1 actions
+        between them, and the index. Nothing follows an episode's last frame: it gives the one before.
+
+        Raises `BadInput` if a record fails its checksum.
+        """
+        index = min(max(index, 0), len(self) - 1)
+        if index and self.records[index]["final"]:
+            index -= 1
+        first = index
+        while first > max(index - length + 1, 0) and not self.records[first - 1]["final"]:
+            first -= 1
+        part = np.array(self.records[first : index + 1])
+        for i, record in enumerate(part, first):
+            if zlib.crc32(record.tobytes()[4:]) != record["crc"]:
+                raise jedi_atari.BadInput(f"the replay's record {i} fails its checksum: replay.bin was altered")
+        return part["frame"], part["action"][:-1].tolist(), index
+
+
+def random_play(script: ModuleType, args: jedi_atari.Args, steps: int = 300) -> np.ndarray:
+    """Records of the real game, played with random actions: for runs whose own play was deleted."""
+    env, rng = script.make_env(args), np.random.default_rng(args.seed)
+    records = np.zeros(steps, script.ReplayBuffer.RECORD)
+    frame, _ = env.reset(seed=args.seed)
+    over = False
+    for record in records:
+        record["frame"], record["final"] = frame, over
+        if over:
+            frame, _ = env.reset()
+            over = False
+        else:
+            record["action"] = rng.integers(env.action_space.n)
+            frame, _, terminated, truncated, info = env.step(int(record["action"]))
+            _, over = script.replay_end(terminated, truncated, info)
+        record["crc"] = zlib.crc32(record.tobytes()[4:])
+    env.close()
+    return records
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a run has learned, ready to play. All tabs share it: nothing in it changes."""
+
+    script: ModuleType  # jedi_atari or jedi_atari_stochastic
+    args: jedi_atari.Args
+    game: str
+    device: torch.device
+    agent: jedi_atari.Agent
+    decoder: jedi_atari.Decoder | None
+    replay: Replay
+    meanings: tuple[str, ...]  # of the actions: NOOP, UPFIRE, ...
+    epoch: int
+    steps: int  # of the real game that it was trained on
+
+    def __deepcopy__(self, _memo) -> "Model":
+        return self  # gymnasium copies the arguments of its environments
+
+
+def script_of(run_dir: Path) -> ModuleType:
+    """The script that made a run, by the names of its arguments. `load_checkpoint` checks that it is the one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if "sticky_prob" in json.loads((run_dir / "args.json").read_text()).keys():
+            return jedi_atari_stochastic
+    return jedi_atari
+
+
+def load_model(run_dir: Path, device: str = "auto", env_id: str = "") -> Model:
+    """Read a run folder; writes nothing. Raises `BadInput` if it holds no checkpoint, or another game than `env_id`."""
+    script = script_of(run_dir)
+    if not (run_dir / "checkpoint.pt").is_file():
+        raise script.BadInput(f"{run_dir} holds no checkpoint.pt; give the folder of a run that has saved one")
+    # A person plays longer than a run that is cut short to save time.
+    args = dataclasses.replace(script.load_args(run_dir), max_episode_steps=27_000, compile=False)
+    gym_id, game = script.resolve_env_id(args.env_id)
+    if env_id and script.resolve_env_id(env_id)[0] != gym_id:
+        raise script.BadInput(f"{run_dir} is a run of {args.env_id}, not of {env_id}; drop --env-id {env_id}")
+    where = script.choose_device(device)
+    saved = script.load_checkpoint(run_dir, where)
+    env = script.make_env(args)
+    named = getattr(env.unwrapped, "get_action_meanings", None)
+    meanings = named() if named else [f"ACTION {i}" for i in range(int(env.action_space.n))]
+    env.close()
+    agent, decoder = script.Agent(len(meanings), args).to(where), None
+    agent.load_state_dict(saved["agent"])
+    if saved.get("decoder"):
+        decoder = script.Decoder().to(where)
+        decoder.load_state_dict(saved["decoder"][0])
+    for network in filter(None, (agent, decoder)):
+        network.requires_grad_(False)
+    replay = open_replay(script, args, run_dir / "replay.bin", saved["replay_size"])
+    steps = saved["collector"]["steps"]
+    return Model(script, args, game, where, agent, decoder, replay, tuple(meanings), saved["epoch"], steps)
+
+
+def open_replay(script: ModuleType, args: jedi_atari.Args, path: Path, size: int) -> Replay:
+    """The play that a run recorded, up to its checkpoint: a run that is still going on only cuts off what is newer."""
+    record = script.ReplayBuffer.RECORD
+    size = min(size, path.stat().st_size // record.itemsize) if path.is_file() else 0
+    if size < 2:
+        return Replay(random_play(script, args), recorded=False)
+    return Replay(np.memmap(path, record, "r", shape=(size,)), recorded=True)
+
+
+class Chance:
+    """A stream of random numbers of its own. Within `with chance.drawn():` PyTorch's global generator is this stream;
+    afterwards it is as it was, so that nobody else's draws are disturbed."""
+
+    def __init__(self, seed: int, device: torch.device):
+        self.cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(self.cuda):
+            torch.manual_seed(seed)
+            self.states = self.read()
+
+    def read(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.cuda)]
+
+    @contextlib.contextmanager
+    def drawn(self):
+        """Draw from this stream."""
+        with torch.random.fork_rng(self.cuda):
+            torch.set_rng_state(self.states[0])
+            for device, state in zip(self.cuda, self.states[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+            self.states = self.read()
+
+
+# ======================================================================================================================
+# 2. Scenes: the real game and the dream, and what the networks make of them
+# ======================================================================================================================
+
+
+class Scene:
+    """A game as the networks follow it, a latent at a time: a batch of one.
+
+    `latents` are the last N = context_frames latents, `taken` the N - 1 actions between them. Before a game's first
+    frame they are padding, zeros, as in training.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.frame: np.ndarray | None = None  # what there is to see; None in a dream without decoder
+        self.steps, self.score, self.reward = 0, 0.0, 0.0
+        self.end = self.over = False  # end: a life lost or the game; over: there is nothing more to play
+        self.reward_probs, self.end_prob = [0.0, 1.0, 0.0], 0.0  # what R_psi expected of the last step
+
+    @torch.inference_mode()
+    def begin(self, frames: np.ndarray, taken: list[int]) -> None:
+        """Start from 1 to N frames (k, 64, 64, 3) uint8 and the k - 1 actions between them, as `imagine` does."""
+        agent, n = self.model.agent, self.model.args.context_frames
+        padding = n - len(frames)
+        frames = np.concatenate([np.zeros((padding, *frames.shape[1:]), np.uint8), frames])
+        mask = torch.arange(n, device=self.model.device)[None] >= padding
+        z = agent.encode(torch.from_numpy(frames)[None].to(self.model.device), mask)
+        self.latents, self.taken = list(z.unbind(1)), [0] * padding + taken
+        self.policy_state = self.reward_state = None
+        if n > 1:
+            masked_lstm, burn_in = self.model.script.masked_lstm, mask[:, : n - 1]
+            self.policy_state = masked_lstm(agent.policy.lstm, z[:, : n - 1].flatten(2), burn_in)
+            features = agent.reward.features(z, self.tensor(self.taken))
+            self.reward_state = masked_lstm(agent.reward.lstm, features, burn_in)
+        self.look()
+
+    def tensor(self, actions: list[int]) -> Tensor:
+        """(1, k)"""
+        return torch.tensor([actions], device=self.model.device)
+
+    def look(self) -> None:
+        """Let the actor-critic see the newest latent: the action probabilities, and the value."""
+        logits, values, self.policy_state = self.model.agent.policy(self.latents[-1][:, None], self.policy_state)
+        self.logits, self.value = logits[:, 0] / self.model.args.temperature, values.item()
+        self.action_probs = self.logits.softmax(-1)[0].tolist()
+
+    def follow(self, z: Tensor, action: int) -> None:
+        """Let the networks see that `action` led to the latent z (1, 16, 8, 8). Leaves R_psi's logits."""
+        reward = self.model.agent.reward
+        features = reward.features(torch.stack([self.latents[-1], z], 1), self.tensor([action]))
+        hidden, self.reward_state = reward.lstm(features, self.reward_state)
+        self.reward_logits, self.end_logits = (logits[:, 0] for logits in reward.predict(hidden))
+        self.reward_probs = self.reward_logits.softmax(-1)[0].tolist()
+        self.end_prob = self.end_logits.softmax(-1)[0, 1].item()
+        self.latents = [*self.latents[1:], z]
+        self.taken = [*self.taken, action][1:]
+        self.steps += 1
+        self.look()
+
+    def agent_action(self) -> int:
+        """What the agent does here. Draws from the global generator."""
+        return int(self.model.script.sample_categorical(self.logits).item())
+
+
+class RealGame(Scene):
+    """The game itself, in the emulator."""
+
+    def __init__(self, model: Model, seed: int):
+        super().__init__(model)
+        self.env = model.script.make_env(model.args)
+        self.reset(seed)
+
+    def reset(self, seed: int | None = None) -> None:
+        """Start a game."""
+        super().__init__(self.model)
+        self.frame, _ = self.env.reset(seed=seed)
+        self.begin(self.frame[None], [])
+
+    @torch.inference_mode()
+    def step(self, action: int, _sample_steps: int) -> None:
+        """Play one action."""
+        self.frame, self.reward, terminated, truncated, info = self.env.step(action)
+        self.follow(self.model.agent.encode(torch.from_numpy(self.frame)[None].to(self.model.device)), action)
+        self.score += self.reward
+        self.end, stop = self.model.script.replay_end(terminated, truncated, info)
+        self.over = terminated or truncated
+        if stop and not self.over:
+            # A life is lost: as in training, the world model starts anew; as in evaluation, the policy plays on.
+            policy_state, probs = self.policy_state, (self.action_probs, self.value, self.logits)
+            self.begin(self.frame[None], [])
+            self.policy_state, (self.action_probs, self.value, self.logits) = policy_state, probs
+
+
+class Dream(Scene):
+    """The game as the world model imagines it. Rewards are signs: -1, 0 or 1. Draws from the global generator."""
+
+    def begin(self, frames: np.ndarray, taken: list[int]) -> None:
+        """Start from real frames."""
+        super().begin(frames, taken)
+        self.show()
+
+    def take_over(self, scene: Scene) -> None:
+        """Start where another scene stands."""
+        for name in ("latents", "taken", "policy_state", "reward_state", "logits", "value", "action_probs"):
+            setattr(self, name, getattr(scene, name))
+        self.show()
+
+    @torch.inference_mode()
+    def step(self, action: int, sample_steps: int) -> None:
+        """Imagine what follows `action`, with so many denoising steps."""
+        model = self.model
+        args = dataclasses.replace(model.args, sample_steps=sample_steps)
+        context, actions = torch.stack(self.latents, 1), self.tensor([*self.taken, action])
+        self.follow(model.script.sample_next_latent(model.agent, context, actions, args), action)
+        self.reward = float(model.script.sample_categorical(self.reward_logits).item() - 1)
+        self.end = self.over = bool(model.script.sample_categorical(self.end_logits).item())
+        self.score += self.reward
+        self.show()
+
+    def show(self) -> None:
+        """Decode the newest latent."""
+        decoder = self.model.decoder
+        self.frame = None if decoder is None else decoder.pictures(self.latents[-1])[0]
+
+
+# ======================================================================================================================
+# 3. The world model as a gymnasium environment
+# ======================================================================================================================
+
+
+class DreamEnv(gym.Env):
+    """The dream of a run. Observations are its decoded frames, 64 x 64 x 3 uint8; rewards are -1, 0 or 1.
+
+    `reset` starts from frames of the run's recorded play, drawn by the seed, or ending with the frame number
+    `options["frame"]`. `terminated` is drawn from the model's own prediction of an end; `truncated` after `max_steps`.
+    The same seed and actions give the same dream. Raises `BadInput` for a run without decoder.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
+
+    def __init__(
+        self,
+        run: Model | Path | str,
+        max_steps: int = 1_000,
+        sample_steps: int | None = None,
+        render_mode: str | None = None,
+        device: str = "auto",
+    ):
+        self.model = run if isinstance(run, Model) else load_model(Path(run), device)
+        if self.model.decoder is None:
+            raise self.model.script.BadInput("this run has no decoder, so its dreams have no pictures to observe")
+        self.max_steps, self.render_mode = max_steps, render_mode
+        self.sample_steps = sample_steps or self.model.args.sample_steps
+        self.observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+        self.action_space = gym.spaces.Discrete(len(self.model.meanings))
+        self.dream: Dream | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        """Start a dream."""
+        super().reset(seed=seed)
+        drawn = int(self.np_random.integers(len(self.model.replay)))
+        self.chance = Chance(int(self.np_random.integers(2**63)), self.model.device)
+        frames, taken, index = self.model.replay.window(
+            (options or {}).get("frame", drawn), self.model.args.context_frames
+        )
+        self.dream = Dream(self.model)
+        self.dream.begin(frames, taken)
+        return self.dream.frame, {"frame": index}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Imagine one step."""
+        if self.dream is None:
+            raise gym.error.ResetNeeded("call reset() before step()")
+        with self.chance.drawn():
+            self.dream.step(int(action), self.sample_steps)
+        truncated = not self.dream.over and self.dream.steps >= self.max_steps
+        info = {"reward_probs": self.dream.reward_probs, "end_prob": self.dream.end_prob, "value": self.dream.value}
+        return self.dream.frame, self.dream.reward, self.dream.over, truncated, info
+
+    def render(self) -> np.ndarray | None:
+        """The frame."""
+        return self.dream.frame if self.render_mode and self.dream else None
+
+
+gym.register("JediDream-v0", entry_point="play:DreamEnv")  # gymnasium.make("play:JediDream-v0", run="runs/...")
+
+
+# ======================================================================================================================
+# 4. What one tab plays
+# ======================================================================================================================
+
+KEYS = ("up", "down", "left", "right", "fire")
+
+
+def keys_of(meaning: str) -> frozenset[str]:
+    """The keys of an action: UPRIGHTFIRE -> up, right, fire; NOOP -> none."""
+    return frozenset(key for key in KEYS if key.upper() in meaning)
+
+
+def choose_action(meanings: tuple[str, ...], held: frozenset[str], fresh: frozenset[str] = frozenset()) -> int:
+    """The action that fits the held keys best: most of them, least beside them; then what was pressed just now
+    (`fresh`), so that a tap on fire counts while an arrow is held; then a direction rather than fire."""
+    offered = [keys_of(meaning) for meaning in meanings]
+    known = frozenset().union(*offered)
+    if not known & {"up", "down"}:  # Pong's paddle goes up with RIGHT and down with LEFT
+        turned = {"up": "right", "down": "left"}
+        held, fresh = (frozenset(turned.get(key, key) for key in keys) for keys in (held, fresh))
+    for pair in ({"up", "down"}, {"left", "right"}):
+        if pair <= held:
+            held -= pair
+    held &= known
+
+    def fit(i: int) -> tuple[int, ...]:
+        keys = offered[i]
+        return len(keys & held), -len(keys - held), len(keys & fresh), len(keys - {"fire"}), -i
+
+    return max(range(len(offered)), key=fit)
+
+
+class BadCommand(ValueError):
+    """A message that no page of ours sends."""
+
+
+class Shot(NamedTuple):
+    """One picture of a recording."""
+
+    picture: np.ndarray  # (h, w, 3) uint8
+    text: str
+    reward: float
+    end: bool
+
+
+class Session:
+    """The game and the dream of one tab. Its methods run in the worker thread."""
+
+    def __init__(self, model: Model, seed: int):
+        self.model = model
+        self.chance, self.rng = Chance(seed, model.device), np.random.default_rng(seed)
+        self.scene: Scene = RealGame(model, seed)
+        self.game, self.dream = self.scene, None
+        self.mode, self.player = "game", "human"
+        self.paused, self.speed = False, 1.0
+        self.sample_steps = min(model.args.sample_steps, MOST_SAMPLE_STEPS)
+        self.held: frozenset[str] = frozenset()  # keys that are down
+        self.fresh: frozenset[str] = frozenset()  # keys pressed since the last step, even if they are up again
+        self.number: int | None = None  # an action chosen by its number
+        self.action: int | None = None  # the last one
+        self.start: int | None = None  # frame of the replay that the dream began with; None: the real game
+        self.rest = 0  # ticks since the end
+        self.recording: list[Shot] | None = None
+        self.film: list[Shot] | None = None  # a finished recording that nobody has fetched
+
+    def close(self) -> None:
+        self.game.env.close()
+
+    # --- what the page asks for: a method for each command
+
+    def hold(self, value: dict) -> None:
+        """Keys went down or up: {"keys": those that are down, "action": number or None}."""
+        keys, number = frozenset(value["keys"]), value["action"]
+        if not keys <= set(KEYS) or number not in (None, *range(len(self.model.meanings))):
+            raise BadCommand("there is no such key")
+        self.fresh |= keys - self.held
+        self.held, self.number = keys, number
+
+    def do_mode(self, value: str) -> None:
+        """Switch between game and dream. The dream takes over where the game stands; the game waits meanwhile."""
+        if value not in ("game", "dream"):
+            raise BadCommand("the mode is game or dream")
+        if value == self.mode:
+            return
+        self.mode, self.rest, self.action = value, 0, None
+        if value == "game":
+            self.scene = self.game
+        elif self.game.over:
+            self.dream_from(int(self.rng.integers(len(self.model.replay))))
+        else:
+            self.scene = self.dream = Dream(self.model)
+            self.dream.take_over(self.game)
+            self.start = None
+
+    def do_player(self, value: str) -> None:
+        if value not in ("human", "agent"):
+            raise BadCommand("the player is human or agent")
+        self.player = value
+
+    def do_pause(self, value: bool) -> None:
+        self.paused = bool(value)
+
+    def do_step(self, _value: None) -> None:
+        """A single step; pauses."""
+        self.paused = True
+        if self.scene.over:
+            self.rest = REST  # it has been seen by now
+        self.advance()
+
+    def do_speed(self, value: float) -> None:
+        self.speed = min(max(float(value), SPEEDS[0]), SPEEDS[1])
+
+    def do_sampling(self, value: int) -> None:
+        self.sample_steps = min(max(int(value), 1), MOST_SAMPLE_STEPS)
+
+    def do_restart(self, _value: None) -> None:
+        """A new game, or a dream from anywhere in the replay."""
+        self.rest, self.action = 0, None
+        if self.mode == "game":
+            self.game.reset()
+        else:
+            self.dream_from(int(self.rng.integers(len(self.model.replay))))
+
+    def do_dream_from(self, value: int) -> None:
+        """A dream that starts with a frame of the replay."""
+        self.mode, self.rest, self.action = "dream", 0, None
+        self.dream_from(int(value))
+
+    def do_record(self, value: bool) -> None:
+        """Begin a recording, or end it."""
+        if value and self.recording is None:
+            self.recording = []
+            self.note()
+        elif not value and self.recording is not None:
+            self.recording, self.film = None, self.recording
+
+    # --- playing
+
+    def dream_from(self, index: int) -> None:
+        frames, taken, self.start = self.model.replay.window(index, self.model.args.context_frames)
+        self.scene = self.dream = Dream(self.model)
+        self.dream.begin(frames, taken)
+
+    def choose(self) -> int:
+        """The next action, of the agent or of the keys."""
+        fresh, self.fresh = self.fresh, frozenset()
+        if self.player == "agent":
+            return self.scene.agent_action()
+        if self.number is not None:
+            return self.number
+        return choose_action(self.model.meanings, self.held | fresh, fresh)
+
+    def tick(self) -> bytes | None:
+        """Go on, unless a pause was asked for while this tick waited for its turn."""
+        return None if self.paused else self.advance()
+
+    def advance(self) -> bytes | None:
+        """A step, or a moment's rest after an end, then a new start. Returns what to show, if it is new."""
+        if not self.scene.over:
+            with self.chance.drawn():
+                self.action = self.choose()
+                self.scene.step(self.action, self.sample_steps)
+        elif self.rest < REST:
+            self.rest += 1
+            return None
+        else:
+            self.do_restart(None)
+        self.note()
+        return self.view()
+
+    def note(self) -> None:
+        """Add what is shown to the recording; end it when it is long enough."""
+        if self.recording is None:
+            return
+        scene = self.scene
+        picture = latent_picture(self.latents()) if scene.frame is None else scene.frame
+        name = "real game" if self.mode == "game" else "dream"
+        self.recording.append(Shot(picture, f"{name}, step {scene.steps}", scene.reward, scene.end))
+        if len(self.recording) >= FILM_FRAMES:
+            self.do_record(False)
+
+    def latents(self) -> np.ndarray:
+        """The newest latent (16, 8, 8) int8; 127 is three times the standard deviation that latents should have."""
+        z = self.scene.latents[-1][0] / (3 * self.model.args.sigma_data)
+        return (z.clamp(-1, 1) * 127).round().to(torch.int8).cpu().numpy()
+
+    # --- what the page is shown
+    # A binary message is: its kind (1 byte), the length of a header (4 bytes, little endian), the header (JSON), bytes.
+
+    def hello(self) -> bytes:
+        """What does not change."""
+        model = self.model
+        about = {
+            "game": model.game,
+            "actions": model.meanings,
+            "decoder": model.decoder is not None,
+            "replay": len(model.replay),
+            "recorded": model.replay.recorded,
+            "trained_steps": model.steps,
+            "epoch": model.epoch,
+            "chance": model.script is jedi_atari_stochastic,
+            "fps": FPS,
+            "speeds": SPEEDS,
+            "most_sampling": MOST_SAMPLE_STEPS,
+        }
+        return pack("hello", about)
+
+    def view(self) -> bytes:
+        """The present moment: state, frame (12,288 bytes, none in a dream without decoder), latents (1,024 bytes)."""
+        scene = self.scene
+        state = {
+            "mode": self.mode,
+            "player": self.player,
+            "paused": self.paused,
+            "speed": self.speed,
+            "sampling": self.sample_steps,
+            "recording": None if self.recording is None else len(self.recording),
+            "start": self.start,
+            "step": scene.steps,
+            "score": scene.score,
+            "reward": scene.reward,
+            "end": scene.end,
+            "over": scene.over,
+            "action": self.action,
+            "probs": [number(p) for p in scene.action_probs],
+            "value": number(scene.value),
+            "reward_probs": [number(p) for p in scene.reward_probs],
+            "end_prob": number(scene.end_prob),
+            "frame": scene.frame is not None,
+        }
+        frame = b"" if scene.frame is None else scene.frame.tobytes()
+        return pack("view", state, frame, self.latents().tobytes())
+
+    def preview(self, value: int) -> bytes:
+        """A frame of the replay."""
+        frames, _, index = self.model.replay.window(int(value), 1)
+        return pack("preview", {"index": index}, frames[-1].tobytes())
+
+
+KINDS = ("hello", "view", "preview", "film", "error")
+
+
+def pack(kind: str, header: dict, *parts: bytes) -> bytes:
+    """A message to the page."""
+    text = json.dumps(header, allow_nan=False).encode()
+    return struct.pack("<BI", KINDS.index(kind), len(text)) + text + b"".join(parts)
+
+
+def number(x: float) -> float | None:
+    """Rounded; None where there is no number, which JSON does not know."""
+    return round(x, 4) if math.isfinite(x) else None
+
+
+def latent_picture(latents: np.ndarray) -> np.ndarray:
+    """(16, 8, 8) int8 -> (64, 64, 3): 4 x 4 tiles of double size; blue below zero, white at it, orange above."""
+    tiles = latents.reshape(4, 4, 8, 8).transpose(0, 2, 1, 3).reshape(32, 32).repeat(2, 0).repeat(2, 1)
+    strength = np.abs(tiles.astype(np.float32))[..., None] / 127
+    colour = np.where(tiles[..., None] < 0, np.array([0, 83, 138]), np.array([200, 80, 0]))
+    return (255 + strength * (colour - 255)).round().astype(np.uint8)
+
+
+def make_gif(film: list[Shot]) -> bytes:
+    """An animated GIF, four times enlarged, at the game's speed, with what happened above the picture."""
+    from PIL import Image, ImageDraw
+
+    size, head = 256, 28
+
+    def draw(shot: Shot) -> Image.Image:
+        sheet = Image.new("RGB", (size, size + head), "white")
+        sheet.paste(Image.fromarray(shot.picture).resize((size, size), Image.Resampling.NEAREST), (0, head))
+        pen, (_, colour) = ImageDraw.Draw(sheet), jedi_atari.event(int(np.sign(shot.reward)), shot.end)
+        events = [f"{shot.reward:+g}"] * bool(shot.reward) + ["end"] * shot.end
+        pen.text((4, 6), shot.text, "black", font_size=15)
+        pen.text((size - 4, 5), ", ".join(events), colour, font_size=16, anchor="ra")
+        return sheet
+
+    # A GIF counts in hundredths of a second: 7 + 7 + 6 of them are three steps of 1 / 15 s.
+    milliseconds = [(70, 70, 60)[i % 3] for i in range(len(film))]
+    sheets, content = map(draw, film), io.BytesIO()
+    first = next(sheets)
+    first.save(content, "GIF", save_all=True, append_images=sheets, duration=milliseconds, loop=0)
+    return content.getvalue()
+
+
+# ======================================================================================================================
+# 5. The server
+# ======================================================================================================================
+
+
+class Outbox:
+    """What waits to be sent to one tab. Only the newest few views and letters are kept: a slow tab misses some, and
+    holds up neither its own game nor anyone else."""
+
+    def __init__(self) -> None:
+        self.views: collections.deque[bytes] = collections.deque(maxlen=3)
+        self.letters: collections.deque[bytes] = collections.deque(maxlen=8)
+        self.filled = asyncio.Event()
+
+    def put(self, message: bytes | None, letter: bool = False) -> None:
+        if message is not None:
+            (self.letters if letter else self.views).append(message)
+            self.filled.set()
+
+    async def get(self) -> bytes:
+        await self.filled.wait()
+        message = (self.letters or self.views).popleft()
+        if not (self.letters or self.views):
+            self.filled.clear()
+        return message
+
+
+class Tab:
+    """One open page: its session, the tasks that play and send, and what waits to be sent."""
+
+    def __init__(self, server: "Server", ws: web.WebSocketResponse):
+        self.server, self.ws, self.outbox, self.going = server, ws, Outbox(), asyncio.Event()
+        self.films: set[asyncio.Task] = set()
+        self.session: Session | None = None
+
+    async def live(self) -> None:
+        """Serve the page until it is closed, in whatever way."""
+        work = self.server.work
+        self.session = await work(Session, self.server.model, self.server.next_seed())
+        tasks = []
+        try:
+            self.outbox.put(self.session.hello(), letter=True)
+            self.outbox.put(await work(self.session.view))
+            self.going.set()
+            tasks = [asyncio.create_task(self.reported(job())) for job in (self.send, self.play)]
+            await self.reported(self.listen())
+        finally:
+            for task in (*tasks, *self.films):
+                task.cancel()
+            await asyncio.gather(*tasks, *self.films, return_exceptions=True)
+            await work(self.session.close)
+
+    async def reported(self, job) -> None:
+        """Run a job; what goes wrong in it ends this tab alone, and is said on the page and on the terminal."""
+        try:
+            await job
+        except (ConnectionError, aiohttp.ClientError):
+            await self.ws.close()  # the page is gone
+        except Exception as error:
+            known = isinstance(error, BAD_INPUT)
+            print(f"play.py: error: {error}" if known else traceback.format_exc(), file=sys.stderr, flush=True)
+            text = str(error) if known else f"{type(error).__name__}; the terminal of play.py says more"
+            with contextlib.suppress(ConnectionError, aiohttp.ClientError):
+                await self.ws.send_bytes(pack("error", {"text": text}))
+            await self.ws.close()
+
+    async def send(self) -> None:
+        """Send what waits, as fast as the page takes it."""
+        while True:
+            await self.ws.send_bytes(await self.outbox.get())
+
+    async def play(self) -> None:
+        """A tick of the session 15 times a second, times its speed, while it is not paused."""
+        clock, due = asyncio.get_running_loop().time, 0.0
+        while True:
+            await self.going.wait()
+            await asyncio.sleep(due - clock())
+            if not self.going.is_set():
+                continue
+            begun, interval = clock(), 1 / (FPS * self.session.speed)
+            self.outbox.put(await self.server.work(self.session.tick))
+            self.send_film()
+            # What was late by less than a step is caught up with; what was later is let go.
+            due = (due if begun - due < interval else begun) + interval
+
+    async def listen(self) -> None:
+        """Do what the page asks for."""
+        async for message in self.ws:
+            if message.type != aiohttp.WSMsgType.TEXT:
+                break
+            try:
+                await self.obey(json.loads(message.data))
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                if isinstance(error, BAD_INPUT):
+                    raise
+                self.outbox.put(pack("error", {"text": "the page sent a command that makes no sense"}), letter=True)
+
+    async def obey(self, command: dict) -> None:
+        """One command: {"do": its name, "value": ...}."""
+        session, work, name, value = self.session, self.server.work, command["do"], command.get("value")
+        if name == "hold":
+            await work(session.hold, value)
+            return
+        if name == "preview":
+            self.outbox.put(await work(session.preview, value), letter=True)
+            return
+        if name not in ("mode", "player", "pause", "step", "speed", "sampling", "restart", "dream_from", "record"):
+            raise BadCommand("there is no such command")
+        await work(getattr(session, f"do_{name}"), value)
+        self.outbox.put(await work(session.view))
+        self.send_film()
+        (self.going.clear if session.paused else self.going.set)()
+
+    def send_film(self) -> None:
+        """Make a GIF of a finished recording and send it, beside the playing."""
+        film, self.session.film = self.session.film, None
+        if film:
+            task = asyncio.create_task(self.reported(self.film(film)))
+            self.films.add(task)
+            task.add_done_callback(self.films.discard)
+
+    async def film(self, film: list[Shot]) -> None:
+        async with self.server.one_film:
+            gif = await asyncio.to_thread(make_gif, film)
+        self.outbox.put(pack("film", {"frames": len(film)}, gif), letter=True)
+
+
+class Server:
+    """Serves the page and plays with each open tab. One worker thread runs the networks and emulators of them all, a
+    step at a time in the order in which they ask, so that the event loop is always free."""
+
+    def __init__(self, model: Model, token: str, host: str = "127.0.0.1", threads: int = 0, seed: int = 0):
+        self.model, self.token, self.host = model, token, host
+        self.seeds = itertools.count(seed)
+        self.tabs: set[Tab] = set()
+        self.one_film = asyncio.Semaphore(1)  # a film takes memory
+        # The number of threads is set in the worker: PyTorch keeps it per thread.
+        setup = dict(initializer=torch.set_num_threads, initargs=(threads,)) if threads else {}
+        self.worker = concurrent.futures.ThreadPoolExecutor(1, "worker", **setup)
+
+    def next_seed(self) -> int:
+        return next(self.seeds)
+
+    async def work(self, function, *arguments):
+        """Run a function in the worker thread."""
+        job = functools.partial(function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.worker, job)
+
+    def app(self) -> web.Application:
+        app = web.Application(middlewares=[self.guard])
+        app.router.add_get("/{token}", self.add_slash)
+        app.router.add_get("/{token}/socket", self.socket)
+        app.router.add_get("/{token}/{file:[a-z.]*}", self.page)
+        app.on_shutdown.append(self.close_tabs)
+        app.on_cleanup.append(self.stop_worker)
+        return app
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler) -> web.StreamResponse:
+        """Refuse whoever has no token, and whoever came by a name that is not this machine's: a page elsewhere could
+        have its own name point here."""
+        token = request.match_info.get("token", "")
+        if not (own_host(request.host, self.host) and secrets.compare_digest(token.encode(), self.token.encode())):
+            raise web.HTTPForbidden(text="403: open the address that play.py printed, all of it")
+        return await handler(request)
+
+    async def add_slash(self, _request: web.Request) -> web.Response:
+        raise web.HTTPFound(f"/{self.token}/")  # the page's own links begin there
+
+    async def page(self, request: web.Request) -> web.Response:
+        """One of the page's three files."""
+        name = request.match_info["file"] or "index.html"
+        if name not in PAGES:
+            raise web.HTTPNotFound
+        headers = {
+            "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",  # the address holds the token
+            "Cache-Control": "no-store",
+        }
+        return web.Response(body=(WEB / name).read_bytes(), content_type=PAGES[name], charset="utf-8", headers=headers)
+
+    async def socket(self, request: web.Request) -> web.WebSocketResponse:
+        """The life of a tab. Browsers name the page that opens a socket; another one's is refused."""
+        if request.headers.get("Origin") not in (f"http://{request.host}", f"https://{request.host}"):
+            raise web.HTTPForbidden(text="403: this socket is for the page of play.py")
+        if len(self.tabs) >= MOST_TABS:
+            raise web.HTTPServiceUnavailable(text=f"503: {MOST_TABS} tabs are open already")
+        ws = web.WebSocketResponse(heartbeat=20, max_msg_size=4096)
+        tab = Tab(self, ws)
+        self.tabs.add(tab)
+        try:
+            await ws.prepare(request)
+            await tab.live()
+        finally:
+            self.tabs.discard(tab)
+        return ws
+
+    async def close_tabs(self, _app: web.Application) -> None:
+        going_away = aiohttp.WSCloseCode.GOING_AWAY
+        await asyncio.gather(*(tab.ws.close(code=going_away) for tab in self.tabs), return_exceptions=True)
+
+    async def stop_worker(self, _app: web.Application) -> None:
+        self.worker.shutdown(wait=False, cancel_futures=True)
+
+
+def own_host(header: str, listening: str) -> bool:
+    """Whether a Host header names this machine: by a number, as localhost, by the name it was told to listen on, or,
+    if it is open to others, by its own name. The port is free: ssh may have moved it."""
+    try:
+        name = urlsplit(f"//{header}").hostname or ""
+        ipaddress.ip_address(name)
+        return True
+    except ValueError:
+        names = {"localhost", listening.lower()}
+        return name.lower() in names | (set() if is_loopback(listening) else {socket.gethostname().lower()})
+
+
+def is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def listen(host: str, port: int, tries: int = 20) -> socket.socket:
+    """A socket that listens on `port` or, if that is taken, on the next free one. Raises `BadInput`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for candidate in range(port, min(port + tries, 65_536)):
+        try:
+            return socket.create_server((host, candidate), family=family)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise jedi_atari.BadInput(f"cannot listen on {host} port {candidate}: {error.strerror}") from None
+            print(f"port {candidate} is taken, trying the next")
+    raise jedi_atari.BadInput(f"ports {port} to {candidate} are all taken; choose another --port")
+
+
+async def serve(model: Model, options: argparse.Namespace) -> None:
+    """Listen until a signal says to stop."""
+    sock = listen(options.host, options.port)
+    port = sock.getsockname()[1]
+    server = Server(model, secrets.token_urlsafe(16), options.host, options.threads, options.seed)
+    runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=2)
+    await runner.setup()
+    await web.SockSite(runner, sock).start()
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises KeyboardInterrupt instead
+            loop.add_signal_handler(signum, stop.set)
+    announce(model, server, port)
+    try:
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+
+
+def announce(model: Model, server: Server, port: int) -> None:
+    """Say what there is to play and where."""
+    replay = f"{len(model.replay):,} frames " + (
+        "of its play" if model.replay.recorded else "of random play, made just now: the run kept none"
+    )
+    pictures = "with pictures" if model.decoder else "latents only: the run has no decoder"
+    print(f"game     {model.game}, after {model.steps:,} steps of training play")
+    print(f"dream    {pictures}; starts from {replay}")
+    name = f"[{server.host}]" if ":" in server.host else server.host
+    if server.host in ("0.0.0.0", "::"):
+        name = socket.gethostname()
+    print(f"open     http://{name}:{port}/{server.token}/")
+    if is_loopback(server.host):
+        print(f"         from another machine: ssh -L {port}:{name}:{port} {socket.gethostname()}, then the same address")
+    else:
+        print("         whoever can reach this machine and sees the address can play too; it is not encrypted")
+    print("Ctrl-C ends it", flush=True)
+
+
+# ======================================================================================================================
+# 6. The command line
+# ======================================================================================================================
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str):
+        raise jedi_atari.BadInput(message)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Raises `BadInput`."""
+    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("run_dir", type=Path, help="folder of a run of jedi_atari.py or jedi_atari_stochastic.py")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
+    parser.add_argument("--port", type=int, default=8000, help="if it is taken, the next free one")
+    parser.add_argument("--env-id", default="", help="the game that the run must be of")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of PyTorch; 0: all cores")
+    parser.add_argument("--seed", type=int, default=0, help="of the first tab's game and dreams; the next has the next")
+    options = parser.parse_args(argv)
+    for name, low, high in (("port", 0, 65_535), ("threads", 0, 1_024), ("seed", 0, 2**31 - 1)):
+        value = getattr(options, name)
+        if not low <= value <= high:
+            raise jedi_atari.BadInput(f"--{name} is {value}; it must be at least {low} and at most {high}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0 when it was stopped, 2 for bad input."""
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+        asyncio.run(serve(load_model(options.run_dir, options.device, options.env_id), options))
+    except BAD_INPUT as error:
+        print(f"play.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        pass
+    print("stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
