@@ -161,7 +161,8 @@ def load_model(run_dir: Path, device: str = "auto", env_id: str = "") -> Model:
         decoder = script.Decoder().to(where)
         decoder.load_state_dict(saved["decoder"][0])
     for network in filter(None, (agent, decoder)):
-        network.requires_grad_(False)
+        # Weights in the order in which a CPU's convolutions want them: else each call reorders them.
+        network.requires_grad_(False).to(memory_format=torch.channels_last)
     replay = open_replay(script, args, run_dir / "replay.bin", saved["replay_size"])
     steps = saved["collector"]["steps"]
     return Model(script, args, game, where, agent, decoder, replay, tuple(meanings), saved["epoch"], steps)
@@ -446,6 +447,7 @@ class Session:
         self.held: frozenset[str] = frozenset()  # keys that are down
         self.fresh: frozenset[str] = frozenset()  # keys pressed since the last step, even if they are up again
         self.number: int | None = None  # an action chosen by its number
+        self.fresh_number: int | None = None  # one chosen since the last step
         self.action: int | None = None  # the last one
         self.start: int | None = None  # frame of the replay that the dream began with; None: the real game
         self.rest = 0  # ticks since the end
@@ -464,6 +466,7 @@ class Session:
             raise BadCommand("there is no such key")
         self.fresh |= keys - self.held
         self.held, self.number = keys, number
+        self.fresh_number = self.fresh_number if number is None else number
 
     def do_mode(self, value: str) -> None:
         """Switch between game and dream. The dream takes over where the game stands; the game waits meanwhile."""
@@ -533,10 +536,11 @@ class Session:
     def choose(self) -> int:
         """The next action, of the agent or of the keys."""
         fresh, self.fresh = self.fresh, frozenset()
+        number, self.fresh_number = self.fresh_number, None
         if self.player == "agent":
             return self.scene.agent_action()
-        if self.number is not None:
-            return self.number
+        if self.number is not None or number is not None:
+            return number if self.number is None else self.number
         return choose_action(self.model.meanings, self.held | fresh, fresh)
 
     def tick(self) -> bytes | None:
@@ -715,18 +719,18 @@ class Tab:
             self.outbox.put(self.session.hello(), letter=True)
             self.outbox.put(await work(self.session.view))
             self.going.set()
-            tasks = [asyncio.create_task(self.reported(job())) for job in (self.send, self.play)]
-            await self.reported(self.listen())
+            tasks = [asyncio.create_task(self.reported(job)) for job in (self.send, self.play)]
+            await self.reported(self.listen)
         finally:
             for task in (*tasks, *self.films):
                 task.cancel()
             await asyncio.gather(*tasks, *self.films, return_exceptions=True)
             await work(self.session.close)
 
-    async def reported(self, job) -> None:
-        """Run a job; what goes wrong in it ends this tab alone, and is said on the page and on the terminal."""
+    async def reported(self, job, *arguments) -> None:
+        """Do a job; what goes wrong in it ends this tab alone, and is said on the page and on the terminal."""
         try:
-            await job
+            await job(*arguments)
         except (ConnectionError, aiohttp.ClientError):
             await self.ws.close()  # the page is gone
         except Exception as error:
@@ -788,7 +792,7 @@ class Tab:
         """Make a GIF of a finished recording and send it, beside the playing."""
         film, self.session.film = self.session.film, None
         if film:
-            task = asyncio.create_task(self.reported(self.film(film)))
+            task = asyncio.create_task(self.reported(self.film, film))
             self.films.add(task)
             task.add_done_callback(self.films.discard)
 
@@ -881,13 +885,14 @@ class Server:
 def own_host(header: str, listening: str) -> bool:
     """Whether a Host header names this machine: by a number, as localhost, by the name it was told to listen on, or,
     if it is open to others, by its own name. The port is free: ssh may have moved it."""
+    names = {"localhost", listening.lower()} | (set() if is_loopback(listening) else {socket.gethostname().lower()})
     try:
         name = urlsplit(f"//{header}").hostname or ""
-        ipaddress.ip_address(name)
-        return True
-    except ValueError:
-        names = {"localhost", listening.lower()}
-        return name.lower() in names | (set() if is_loopback(listening) else {socket.gethostname().lower()})
+    except ValueError:  # no address at all
+        return False
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return name in names
 
 
 def is_loopback(host: str) -> bool:
@@ -941,7 +946,8 @@ def announce(model: Model, server: Server, port: int) -> None:
         name = socket.gethostname()
     print(f"open     http://{name}:{port}/{server.token}/")
     if is_loopback(server.host):
-        print(f"         from another machine: ssh -L {port}:{name}:{port} {socket.gethostname()}, then the same address")
+        tunnel = f"ssh -L {port}:{name}:{port} {socket.gethostname()}"
+        print(f"         from another machine: {tunnel}, then the same address there")
     else:
         print("         whoever can reach this machine and sees the address can play too; it is not encrypted")
     print("Ctrl-C ends it", flush=True)
