@@ -7,7 +7,7 @@
     env = DreamEnv("runs/Pong__...")            # reset() and step() happen in the world model alone
 
 Read downward: 1 a trained run, 2 scenes (the real game, the dream), 3 DreamEnv, 4 what one tab plays, 5 the server,
-6 the command line. The page is in play_web/; what it and the server say to each other stands above `pack`.
+6 the command line. The page is in play_web/; what the server sends it is described above `Session.hello`.
 
 The networks draw from PyTorch's global random generator, which threads share: use a run's environments from one thread,
 as the server does, whose one worker thread takes a step of each tab in turn.
@@ -152,8 +152,7 @@ def load_model(run_dir: Path, device: str = "auto", env_id: str = "") -> Model:
     where = script.choose_device(device)
     saved = script.load_checkpoint(run_dir, where)
     env = script.make_env(args)
-    named = getattr(env.unwrapped, "get_action_meanings", None)
-    meanings = named() if named else [f"ACTION {i}" for i in range(int(env.action_space.n))]
+    meanings = meanings_of(env)
     env.close()
     agent, decoder = script.Agent(len(meanings), args).to(where), None
     agent.load_state_dict(saved["agent"])
@@ -165,7 +164,13 @@ def load_model(run_dir: Path, device: str = "auto", env_id: str = "") -> Model:
         network.requires_grad_(False).to(memory_format=torch.channels_last)
     replay = open_replay(script, args, run_dir / "replay.bin", saved["replay_size"])
     steps = saved["collector"]["steps"]
-    return Model(script, args, game, where, agent, decoder, replay, tuple(meanings), saved["epoch"], steps)
+    return Model(script, args, game, where, agent, decoder, replay, meanings, saved["epoch"], steps)
+
+
+def meanings_of(env: gym.Env) -> tuple[str, ...]:
+    """Names of the actions: Atari's own, or numbers."""
+    named = getattr(env.unwrapped, "get_action_meanings", None)
+    return tuple(named() if named else (f"ACTION {i}" for i in range(int(env.action_space.n))))
 
 
 def open_replay(script: ModuleType, args: jedi_atari.Args, path: Path, size: int) -> Replay:
@@ -461,7 +466,7 @@ class Session:
 
     def hold(self, value: dict) -> None:
         """Keys went down or up: {"keys": those that are down, "action": number or None}."""
-        keys, number = frozenset(value["keys"]), value["action"]
+        keys, number = frozenset(value["keys"]), None if value["action"] is None else int(value["action"])
         if not keys <= set(KEYS) or number not in (None, *range(len(self.model.meanings))):
             raise BadCommand("there is no such key")
         self.fresh |= keys - self.held
@@ -500,7 +505,7 @@ class Session:
         self.advance()
 
     def do_speed(self, value: float) -> None:
-        self.speed = min(max(float(value), SPEEDS[0]), SPEEDS[1])
+        self.speed = min(max(SPEEDS[0], float(value)), SPEEDS[1])  # in this order nan turns into the slowest
 
     def do_sampling(self, value: int) -> None:
         self.sample_steps = min(max(int(value), 1), MOST_SAMPLE_STEPS)

@@ -160,24 +160,6 @@ def regression():
     return stack
 
 
-def start_at_sigma_max():
-    """The sampler's first noise has the level that its schedule begins with, as in EDM's algorithm 2."""
-    sample = jedi.sample_next_latent
-
-    def scaled(agent, context, actions, args):
-        noise_like, first = jedi.noise_like, [True]
-
-        def noise(x):
-            factor = args.sample_sigma_max if first[0] else 1.0
-            first[0] = False
-            return factor * noise_like(x)
-
-        with replaced(jedi, "noise_like", noise):
-            return sample(agent, context, actions, args)
-
-    return replaced(jedi, "sample_next_latent", scaled)
-
-
 class Variant(NamedTuple):
     """One change: of arguments, or of a function."""
 
@@ -202,7 +184,8 @@ VARIANTS: dict[str, Variant] = {
     "no offset noise": Variant({"sigma_offset": 0.0}),
     "reward noise 0.2": Variant({"reward_noise": 0.2}),
     "encoder 10 times as fast": Variant({"encoder_lr_scale": 0.3}),
-    "first noise times sigma_max": Variant(change=start_at_sigma_max),
+    "sampler starts at sigma_max 5": Variant({"sample_start": "sigma_max"}),
+    "sampler starts at sigma_max 20": Variant({"sample_start": "sigma_max", "sample_sigma_max": 20.0}),
 }
 
 

@@ -44,26 +44,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def sampler(start: str):
-    """`sample_next_latent` of the script, or the same from a first noise of level sigma_max."""
-    original = jedi.sample_next_latent
-    if start == "unit":
-        return original
+    """`sample_next_latent` of the script, from a first noise of unit variance or of level sigma_max."""
 
-    def scaled(agent, context, actions, args):
-        randn_like, first = torch.randn_like, [True]
+    def sample(agent, context, actions, args):
+        return jedi.sample_next_latent(agent, context, actions, dataclasses.replace(args, sample_start=start))
 
-        def noise(x, **options):
-            factor = args.sample_sigma_max if first[0] else 1.0  # the first noise that it draws is the start
-            first[0] = False
-            return factor * randn_like(x, **options)
-
-        torch.randn_like = noise
-        try:
-            return original(agent, context, actions, args)
-        finally:
-            torch.randn_like = randn_like
-
-    return scaled
+    return sample
 
 
 def play(args: jedi.Args, agent: jedi.Agent, seed: int, steps: int) -> jedi.ReplayBuffer:

@@ -92,7 +92,8 @@ function say(text) {
 
 function introduce() {
   const minutes = about.trained_steps / about.fps / 60;
-  const time = minutes < 90 ? `${minutes.toFixed(0)} minutes` : `${(minutes / 60).toFixed(1)} hours`;
+  const time = minutes < 1 ? "less than a minute"
+    : minutes < 90 ? `${minutes.toFixed(0)} minutes` : `${(minutes / 60).toFixed(1)} hours`;
   $("game").textContent = about.game;
   $("about").textContent =
     `An agent learned ${about.game} from ${about.trained_steps.toLocaleString("en")} steps (${time}) of play, and with it ` +
@@ -172,9 +173,11 @@ function origin(dream, bare) {
 
 function drawNumbers(dream) {
   const percent = (x) => (x === null ? "–" : x < 0.1 ? `${(100 * x).toFixed(1)}%` : `${(100 * x).toFixed(0)}%`);
-  $("score").textContent = view.score.toLocaleString("en");
+  $("score").textContent = signed(view.score.toLocaleString("en"));
   $("stepcount").textContent = view.step;
-  $("value").textContent = view.value === null ? "–" : view.value.toFixed(2);
+  $("value").textContent = view.value === null ? "–" : signed(view.value.toFixed(2));
+  const [minus, , plus] = view.reward_probs;
+  $("guess").textContent = view.step ? signed((plus - minus).toFixed(2)) : "–";
   $("ending").textContent = view.step ? percent(view.end_prob) : "–";
   const seconds = (times.at(-1) - times[0]) / 1000;
   $("rate").textContent = view.paused || times.length < 5 ? "–" : ((times.length - 1) / seconds).toFixed(1);
@@ -193,6 +196,10 @@ function drawNumbers(dream) {
   $("record").textContent = view.recording === null ? "Record GIF" : `Stop (${(view.recording / about.fps).toFixed(1)} s)`;
   setSlider("speed", Math.round(10 * Math.log10(view.speed)), `× ${view.speed.toFixed(view.speed < 1 ? 2 : 1)}`);
   setSlider("sampling", view.sampling, view.sampling);
+}
+
+function signed(text) { // with a minus sign that is as wide as a digit; -0.00 is 0.00
+  return /^-[0.]*$/.test(text) ? text.slice(1) : text.replace("-", "−");
 }
 
 function setSlider(id, value, text) {

@@ -32,7 +32,7 @@ def test_every_variant_makes_finite_updates_and_leaves_the_script_as_it_was(micr
     names = ("diffusion_loss", "sample_next_latent", "clamp_latent", "noise_like")
     before = [getattr(jedi, name) for name in names] + [jedi.Encoder.layers, jedi.LatentNorm.clamp]
     for variant in ablations.VARIANTS.values():
-        args = replace(micro, latent_norm="none", **variant.arguments)
+        args = replace(micro, **{"latent_norm": "none"} | variant.arguments)
         with variant.change():
             agent = random_agent(args, 5)
             parts = jedi.make_parts(agent, args, torch.device("cpu"))
@@ -97,22 +97,6 @@ def test_regression_has_no_chance_in_it_and_learns_the_mean(micro):
     assert (first[0] - mean).square().mean() < 0.1 * (z[0, n] - mean).square().mean()
 
 
-def test_start_at_sigma_max(micro, agent, batch, monkeypatch):
-    """With a denoiser that always says 0, one step from the start is the start less itself: look at its input."""
-    seen = []
-    monkeypatch.setattr(jedi, "denoise", lambda agent, z, *rest: seen.append(z.clone()) or torch.zeros_like(z))
-    z = agent.encode(batch.frames).detach()
-    context, actions = z[:, : micro.context_frames], batch.actions[:, : micro.context_frames]
-    torch.manual_seed(0)
-    jedi.sample_next_latent(agent, context, actions, micro)
-    plain = seen[0]
-    torch.manual_seed(0)
-    seen.clear()
-    with ablations.start_at_sigma_max():
-        jedi.sample_next_latent(agent, context, actions, micro)
-    assert torch.allclose(seen[0], micro.sample_sigma_max * plain)
-
-
 def test_normalised_before_the_clamp(micro, agent):
     """The encoder's output no longer depends on the scale of what comes before the clamp."""
     frames = random_windows(micro, 1).frames
@@ -125,18 +109,18 @@ def test_normalised_before_the_clamp(micro, agent):
 
 
 def test_a_run_and_its_table(tmp_path, monkeypatch):
-    """One very small run of each game, measured as the large ones; a second call makes none again."""
+    """One very small run, measured as the large ones; a second call makes none again."""
     small = dict(
         first_diffusion_updates=2, first_reward_updates=2, total_steps=120, first_steps_min=120, first_steps_max=120,
         heldout_steps=60, eval_episodes=1, final_episodes=2, eval_envs=2, max_episode_steps=40,
     )  # fmt: skip
-    for game in ablations.GAMES:
-        monkeypatch.setitem(ablations.GAMES, game, ablations.GAMES[game] | small)
-    monkeypatch.setitem(ablations.GAMES, "Catch", ablations.GAMES["Catch"] | {"first_policy_updates": 1})
-    command = ["--only", "no clamp", "--seeds", "3", "--threads", "1", "--out", str(tmp_path)]
+    small |= {"first_policy_updates": 1}
+    monkeypatch.setitem(ablations.GAMES, "Catch", ablations.GAMES["Catch"] | small)
+    monkeypatch.setattr(jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01))
+    command = ["--games", "Catch", "--only", "no clamp", "--seeds", "3", "--threads", "1", "--out", str(tmp_path)]
     assert ablations.main(command) == 0
     files = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    assert set(files) == {"Catch__no_clamp__3.json", "Pong__no_clamp__3.json"}
+    assert set(files) == {"Catch__no_clamp__3.json"}
     assert ablations.main(command) == 0
     assert files == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     found = json.loads((tmp_path / "Catch__no_clamp__3.json").read_text())
@@ -144,4 +128,4 @@ def test_a_run_and_its_table(tmp_path, monkeypatch):
         found["updates"]["diffusion"] == 2 and 0 <= found["position"] <= 1 and set(found["pixels"]) == {"1", "2", "3"}
     )
     text = (tmp_path / "ablations.md").read_text()
-    assert text.count("| no clamp | 1 |") == 2 and f"{found['return']:.2f}" in text
+    assert text.count("| no clamp | 1 |") == 1 and f"{found['return']:.2f}" in text

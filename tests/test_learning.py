@@ -7,10 +7,13 @@ from pathlib import Path
 
 import drift
 import gymnasium as gym
+import learn_catch
 import numpy as np
 import pytest
 import torch
 import toys
+
+import jedi_atari as jedi
 
 HERE = Path(__file__).resolve().parent
 
@@ -62,3 +65,15 @@ def test_jedi_learns_catch(seed):
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
     assert found["mean_return"] >= 0.9
+
+
+@pytest.mark.learning
+@pytest.mark.slow
+def test_imagined_chance_is_the_games_own():
+    """The ball's next column, imagined and true: total variation at most 0.1, which no regression to a mean can do."""
+    args = jedi.Args(**{**learn_catch.CATCH, "env_id": "toys:DriftingCatch-v0"})
+    start = dict(sample_start="sigma_max", sample_sigma_max=20.0, sample_steps=6)
+    found = drift.measure(args, 1_500, 1_200, [{}, start])
+    print(found)
+    assert found["probe"] > 0.99 and found[str(start)][0] <= 0.1
+    assert found[str({})][0] > found[str(start)][0]  # from unit noise, samples vary too little

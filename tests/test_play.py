@@ -22,27 +22,28 @@ from gymnasium.utils.env_checker import check_env
 from PIL import Image
 
 import jedi_atari as jedi
+import jedi_atari_stochastic
 import play
 
 TOKEN = "the-token"
 
 
 @functools.cache
-def micro_run(folder: Path) -> Path:
+def micro_run(folder: Path, script=jedi) -> Path:
     """The folder of a run in its first epoch: real play, a few updates, a checkpoint. Takes seconds, so it is made
     once, whoever asks; nothing here writes into it."""
-    args = replace(jedi.Args(**MICRO), run_dir=str(folder / "play-run"))
+    args = replace(script.Args(**MICRO), run_dir=str(folder / f"play-run-{script.__name__}"))
     no_logger = types.SimpleNamespace(flush=lambda: 0)  # TensorBoard takes seconds to import
-    run_dir, lock = jedi.prepare_run_dir(args, "Pong")
+    run_dir, lock = script.prepare_run_dir(args, "Pong")
     with lock, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01))
-        patch.setattr(jedi, "Logger", lambda *a: no_logger)
-        run = jedi.start_run(args, run_dir, torch.device("cpu"), False, jedi.StopSignals(), time.monotonic(), None)
+        patch.setattr(script, "measure_costs", lambda *a: dict.fromkeys(("collect", *script.PARTS, "games"), 0.01))
+        patch.setattr(script, "Logger", lambda *a: no_logger)
+        run = script.start_run(args, run_dir, torch.device("cpu"), False, script.StopSignals(), time.monotonic(), None)
         run.enter("collect")
-        jedi.collect_phase(run)
-        for name in jedi.PARTS:
-            jedi.update_phase(run, name)
-        jedi.checkpoint(run)
+        script.collect_phase(run)
+        for name in script.PARTS:
+            script.update_phase(run, name)
+        script.checkpoint(run)
     run.collector.env.close()
     return run_dir
 
@@ -208,6 +209,22 @@ def test_a_run_that_kept_no_play_dreams_from_random_play(model, tmp_path):
     assert not replay.recorded and len(replay) == 300
     frames, taken, _ = replay.window(200, 4)
     assert frames.shape == (4, 64, 64, 3) and frames.any() and len(taken) == 3
+
+
+def test_a_run_of_the_other_script_plays_too(tmp_path):
+    model = play.load_model(micro_run(tmp_path, jedi_atari_stochastic), "cpu", "ALE/Pong-v5")
+    assert model.script is jedi_atari_stochastic and model.args.s_churn == 1 and len(model.replay) > 70
+    session = play.Session(model, seed=0)
+    for mode in ("game", "dream"):
+        session.do_mode(mode)
+        session.advance()
+        assert session.scene.steps == 1
+    session.close()
+
+
+def test_games_that_are_not_atari_have_numbered_actions(micro):
+    env = jedi.make_env(replace(micro, env_id="toys:Catch-v0"))
+    assert play.meanings_of(env) == ("ACTION 0", "ACTION 1", "ACTION 2")
 
 
 # --- keys
@@ -524,15 +541,16 @@ def test_a_page_plays_pauses_switches_records_and_closes(model):
 
 def test_nonsense_is_answered_and_playing_goes_on(model):
     nonsense = ("{", "[]", "3", "{}", '{"do": "close"}', '{"do": "mode", "value": []}', '{"do": "sampling"}')
-    more = ('{"do": "hold", "value": {"keys": ["x"], "action": null}}', '{"do": "speed", "value": 1e999}')
+    keys = '{"do": "hold", "value": {"keys": ["x"], "action": null}}'
 
     async def check():
         async with serving(model) as (_, address, client), open_socket(client, address) as ws:
-            for text in (*nonsense, more[0]):
+            for text in (*nonsense, keys):
                 await ws.send_str(text)
                 assert "makes no sense" in (await receive(ws, "error"))[0]["text"]
-            await ws.send_str(more[1])
-            assert (await receive(ws, "view", lambda v: v["speed"] != 1))[0]["speed"] == play.SPEEDS[1]
+            for speed, used in (("1e999", play.SPEEDS[1]), ("NaN", play.SPEEDS[0])):
+                await ws.send_str(f'{{"do": "speed", "value": {speed}}}')
+                await receive(ws, "view", lambda v, used=used: v["speed"] == used)
 
     asyncio.run(check())
 
@@ -572,6 +590,22 @@ def test_a_slow_tab_misses_views_but_holds_nothing_up():
             outbox.put(b"%d" % i)
         outbox.put(b"hello", letter=True)
         assert [await outbox.get() for _ in range(4)] == [b"hello", b"97", b"98", b"99"]
+
+    asyncio.run(check())
+
+
+def test_the_server_ends_while_tabs_are_open(model):
+    async def check():
+        async with serving(model) as (server, address, client):
+            ws = await open_socket(client, address)
+            await receive(ws, "view")
+            begun = time.perf_counter()
+            closing = asyncio.create_task(server.close_tabs(None))
+            while not ws.closed:
+                await ws.receive()
+            await closing
+            assert ws.close_code == aiohttp.WSCloseCode.GOING_AWAY and time.perf_counter() - begun < 5
+        assert not server.tabs
 
     asyncio.run(check())
 

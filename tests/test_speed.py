@@ -129,6 +129,7 @@ def test_compiled_methods_are_in_place_only_within(micro, agent):
     assert agent.denoiser.forward == plain and "layers" not in vars(agent.encoder)
 
 
+@pytest.mark.timing
 def test_a_batch_costs_the_same_however_full_the_replay_is():
     """Drawing and gathering 32 windows from 60,000 records and from 2,000: within a wide margin, the same time."""
     args, times = jedi.Args(), {}
@@ -146,6 +147,7 @@ def speed_command(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
+@pytest.mark.timing
 def test_jedi_is_ahead(tmp_path):
     """The short form of the benchmark; only ratios with a wide margin are checked."""
     done = speed_command("--quick", "--repeats", "1", "--json", str(tmp_path / "speed.json"))
