@@ -1,7 +1,7 @@
 """How fast is JEDI beside pixel diffusion, and how near to what this machine can do? One command, any device.
 
     python benchmark/speed.py                          # the whole table; on 2 CPU cores half an hour
-    python benchmark/speed.py --quick                  # a short form: updates of 2 windows, two repetitions
+    python benchmark/speed.py --quick                  # a short form: updates of 2 windows, 5 imagined steps, a minute
     python benchmark/speed.py --json speed.json        # the same as data
     python benchmark/speed.py --profile trace          # where the time of an epoch goes; traces for a browser
     python benchmark/speed.py --growth                 # whether the replay's size costs anything
@@ -13,7 +13,7 @@ after a warm-up, with the smallest and the largest beside them. Peak memory is m
 side: of the device on a GPU, of the whole process on a CPU. FLOP are counted by PyTorch (products in convolutions,
 matrices and attention); the machine's own rate is that of a large matrix product in the same run and precision.
 
-Sampling is always measured at --batch-size; --quick makes updates and imagined trajectories of 2 windows.
+Sampling is always measured at --batch-size; --quick makes updates and trajectories of 2 windows and 5 imagined steps.
 
 JSON: `ratios` holds `sample`, `imagine`, `updates` (the baseline's time over JEDI's) and `memory` (JEDI's over the
 baseline's); `matrix_rate_share` is the sampler's FLOP/s over the machine's, `projected_hours` a full run of JEDI.
@@ -45,7 +45,7 @@ import jedi_atari as jedi
 NUM_ACTIONS = 18  # the largest action set, at which parameters are counted; the games have 3 to 18
 RECORDS = 400  # steps of play that the batches are cut from
 SECONDS_PER_TIMING = 0.2  # what is faster than this is repeated within one timing
-QUICK_BATCH = 2  # windows per update in the short form
+QUICK_BATCH, QUICK_HORIZON = 2, 5  # windows per update and imagined steps in the short form
 SIDES = ("jedi", "pixel")
 UPDATES = jedi.PARTS
 GROWTH = (5_000, 50_000, 500_000)  # records in the replay
@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="states sampled at once, windows per update (32)")
     parser.add_argument("--repeats", type=int, help="timings of each thing (default: 3 on a CPU, 10 on a GPU)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-    parser.add_argument("--quick", action="store_true", help="updates of 2 windows, two repetitions")
+    parser.add_argument("--quick", action="store_true", help="updates of 2 windows, 5 imagined steps")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write traces and a table instead")
     parser.add_argument("--growth", action="store_true", help="measure full and empty replays instead")
@@ -186,8 +186,10 @@ def context_of(args: jedi.Args, replay: jedi.ReplayBuffer, count: int) -> tuple[
 
 
 def update_args(args: jedi.Args, quick: bool) -> jedi.Args:
-    """The same with small batches for the short form."""
-    return dataclasses.replace(args, batch_size=min(args.batch_size, QUICK_BATCH)) if quick else args
+    """The same with small batches and a short horizon for the short form."""
+    if not quick:
+        return args
+    return dataclasses.replace(args, batch_size=min(args.batch_size, QUICK_BATCH), horizon=QUICK_HORIZON)
 
 
 # --- measuring

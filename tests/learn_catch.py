@@ -24,6 +24,7 @@ CATCH = dict(
     final_episodes=100,
     eval_envs=20,
     heldout_steps=200,
+    decoder=False,  # nobody looks
     max_episode_steps=100,
     total_steps=1_300,
     first_steps_min=1_000,
