@@ -209,8 +209,9 @@ def time_in_turns(calls: dict[str, Callable], device: torch.device, count: int) 
     """Warm every call up, then time all of them `count` times, in turns, so that a slow minute hits all alike."""
     inner, seconds = {}, {name: [] for name in calls}
     for name, call in calls.items():
-        call()  # compiles, allocates
-        inner[name] = max(1, round(SECONDS_PER_TIMING / seconds_of(call, device, 1))) if count > 1 else 1
+        first = seconds_of(call, device, 1)  # compiles, allocates
+        again = seconds_of(call, device, 1) if first < 5 * SECONDS_PER_TIMING or device.type == "cuda" else first
+        inner[name] = max(1, round(SECONDS_PER_TIMING / again))
     for _ in range(count):
         for name, call in calls.items():
             seconds[name].append(seconds_of(call, device, inner[name]))
