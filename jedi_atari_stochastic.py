@@ -65,7 +65,7 @@ LATENT_BOUND = 3.0  # the clamp C(z) = 3 tanh(z / 3) keeps every latent value in
 CPU_CHUNK = 16  # pictures that a CPU puts through convolutions at a time; 8 to 32 were about as fast
 PARTS = ("diffusion", "reward", "policy")  # the three updates, in the order in which an epoch makes them [D]
 REPORTED_HORIZONS = (1, 3, 5, 10, 15)  # imagined steps named in the table at the end of a run
-DECODER_EVERY = 3  # updates of the world model for each one of the decoder: at most 3% of an epoch
+DECODER_EVERY, DECODER_BATCH = 4, 8  # updates of the world model for one of the decoder, and its pictures: 3% at most
 MAX_OPEN_LOOP = 15  # imagined steps over which the open-loop error is measured, whatever the training horizon
 
 
@@ -1079,7 +1079,7 @@ def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[T
 def decoder_loss(decoder: Decoder, agent: Agent, batch: Windows) -> Tensor:
     """Squared error of the picture made from a latent, of the first real frame of each window. What differs from the
     mean picture weighs more: a ball of four pixels would not be seen otherwise. Trains the decoder alone."""
-    first = batch.mask.int().argmax(1)
+    first = batch.mask[:DECODER_BATCH].int().argmax(1)
     frames = batch.frames[torch.arange(len(first), device=first.device), first]
     with torch.no_grad():
         z = agent.encode(frames)
