@@ -93,7 +93,7 @@ class Args:
     # fmt: off
     # --- run
     env_id: str = "Pong"  # game: Pong, ALE/Pong-v5, PongNoFrameskip-v4, or any registered RGB environment
-    preset: str = "paper"  # set of defaults: paper (the papers' numbers) or tiny (minutes on 2 CPU cores)
+    preset: str = "paper"  # set of defaults: paper; on 2 CPU cores tiny (minutes) or small (under an hour)
     seed: int = 0  # seeds the networks, the draws and the game; same seed, same run on a CPU
     threads: int = 0  # CPU threads of PyTorch; 0 leaves its default, all cores
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU where there is one
@@ -212,6 +212,27 @@ PRESETS: dict[str, dict] = {
         heldout_steps=1_600,
     ),
 }
+PRESETS["small"] = PRESETS["tiny"] | dict(
+    checkpoint_every=5,
+    max_episode_steps=4_500,
+    total_steps=9_000,
+    first_steps_min=3_000,
+    first_steps_max=3_000,
+    first_diffusion_updates=500,
+    first_reward_updates=400,
+    first_policy_updates=100,
+    epoch_steps=300,
+    diffusion_updates=40,
+    reward_updates=40,
+    policy_updates=50,
+    encoder_width=16,
+    denoiser_width=64,
+    entropy_weight=0.005,
+    eval_every=5,
+    eval_episodes=8,
+    eval_envs=10,
+    final_episodes=100,
+)
 
 
 # What a run can use of each number: smallest, largest, and the names. The largest are far above any use; they turn a
@@ -1003,6 +1024,7 @@ def sample_next_latent(agent: Agent, context: Tensor, actions: Tensor, args: Arg
         sigma_hat = sigma * (1 + gamma)
         if gamma > 0:
             z = z + math.sqrt(sigma_hat**2 - sigma**2) * noise_like(z)
+        # DEVIATION 9: the denoiser is told sigma_hat, the level that z is at now [E]; DIAMOND's code tells it sigma.
         levels = torch.full((len(z),), sigma_hat, device=z.device)
         denoised = denoise(agent, z, levels, context, actions, args)
         z = z + (sigma_next - sigma_hat) * (z - denoised) / sigma_hat
@@ -1021,7 +1043,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def diffusion_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Denoising loss that trains D_theta and, through the context, E_phi [P, equation of the JEDI objective].
+    """Denoising loss that trains D_theta and, through the context, E_phi [P].
 
     batch: windows of context_frames + target_frames frames. Returns the loss and metrics (detached scalars).
     """
@@ -1197,8 +1219,10 @@ def actor_critic_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def act(agent: Agent, frames: list[np.ndarray], state: tuple | None, temperature: float, device: torch.device):
-    """Sample an action for each of several games. SYNC: the emulator needs the actions on the host."""
+def act(
+    agent: Agent, frames: list[np.ndarray], state: tuple | None, temperature: float, device: torch.device
+) -> tuple[list[int], tuple]:
+    """Sample an action for each of several games; also returns the LSTM's new state. SYNC: the host needs the actions."""
     z = agent.encode(torch.from_numpy(np.stack(frames)[:, None]).to(device))
     logits, _, state = agent.policy(z, state)
     return sample_categorical(logits[:, 0] / temperature).tolist(), state
@@ -2019,17 +2043,17 @@ class Compiled:
 class Part(NamedTuple):
     """One of the three updates: its loss, the parameters that it moves, and how it draws its batch."""
 
-    loss: object  # (agent, batch, args) -> (loss, metrics)
+    loss: Callable  # (agent, batch, args) -> (loss, metrics)
     optimizer: torch.optim.AdamW
     parameters: list[nn.Parameter]
     clip: float
-    sample: object  # (replay) -> Windows
+    sample: Callable[[ReplayBuffer], Windows]
     compiled: contextlib.AbstractContextManager  # what is compiled is in place within it
 
 
 def make_optimizer(
     args: Args, network: nn.Module, encoder: nn.Module | None, weight_decay: float, device: torch.device
-):
+) -> torch.optim.AdamW:
     """AdamW with decay on weight matrices only, the encoder at its own, lower learning rate [P, D]."""
     groups = []
     for module, scale in ((network, 1.0), (encoder, args.encoder_lr_scale)):

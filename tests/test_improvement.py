@@ -1,0 +1,90 @@
+"""`benchmark/improvement.py`: intervals against closed forms, random play of the real game, table and picture."""
+
+import json
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import MICRO, ROOT
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+
+import improvement
+
+import jedi_atari as jedi
+
+
+def test_interval_is_the_normal_one_for_many_games():
+    """For 400 draws of a normal distribution the bootstrap gives the textbook interval, within a tenth of its width."""
+    values = np.random.default_rng(1).normal(10, 3, 400)
+    low, high = improvement.interval(list(values))
+    expected = scipy.stats.norm.interval(0.95, values.mean(), values.std(ddof=1) / 20)
+    np.testing.assert_allclose((low, high), expected, atol=0.1 * (high - low))
+
+
+def test_interval_of_equal_returns_is_a_point():
+    assert improvement.interval([7.0] * 10) == (7.0, 7.0)
+
+
+@pytest.mark.parametrize(("shift", "certain"), [(3.0, True), (0.0, False), (-3.0, False), (0.3, False)])
+def test_improved_needs_intervals_that_do_not_touch(shift, certain):
+    rng = np.random.default_rng(2)
+    chance, trained = rng.normal(0, 3, 100), rng.normal(shift, 3, 100)
+    assert improvement.improved(list(trained), list(chance)) is certain
+
+
+def test_random_play_of_pong_is_the_published_one(tmp_path):
+    """Pong's published random score is -20.7; a game of random play ends between -21 and about -18."""
+    args = jedi.Args(**MICRO | dict(env_id="Pong", max_episode_steps=27_000))
+    played = improvement.random_play(args, 4)
+    assert -21 <= played["mean_return"] <= -18.5 and len(played["returns"]) == len(played["lengths"]) == 4
+    assert min(played["lengths"]) > 700 and played["mean_return"] == np.mean(played["returns"])
+    assert improvement.random_play(args, 2)["returns"] == played["returns"][:2]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A real, very small run and random play cut at the same length."""
+    folder = tmp_path_factory.mktemp("improvement")
+    args = jedi.Args(**MICRO | dict(env_id="Krull", seed=3, run_dir=str(folder / "runs/Krull/seed3")))
+    jedi.train(args)
+    (folder / "random").mkdir()
+    played = improvement.random_play(args, 3)
+    jedi.write_json(folder / "random/Krull.json", played)
+    return folder
+
+
+def test_table_and_picture_of_a_real_run(runs, capsys):
+    assert improvement.main([str(runs / "runs"), "--random-play", str(runs / "random")]) == 0
+    text = capsys.readouterr().out
+    result = json.loads((runs / "runs/Krull/seed3/result.json").read_text())
+    assert "| Krull | 3 |" in text and f"{result['mean_return']:,.1f} (" in text and "| 3, 3 |" in text
+    assert (runs / "runs/improvement.md").read_text() == text
+    assert cv2.imread(str(runs / "runs/improvement.png")).std() > 10
+
+
+def test_bad_input_is_one_line(runs, tmp_path, capsys):
+    random = json.loads((runs / "random/Krull.json").read_text())
+    jedi.write_json(tmp_path / "Krull.json", random | {"max_episode_steps": 17})
+    for argv, words in (
+        ([], "give a folder of runs"),
+        ([str(tmp_path)], "holds no result.json"),
+        ([str(runs / "runs"), "--random-play", str(tmp_path / "no")], "--random Krull"),
+        ([str(runs / "runs"), "--random-play", str(tmp_path)], "another length"),
+        (["--random", "Kurll", "--out", str(tmp_path / "new")], "did you mean Krull"),
+        (["--random", "Krull", "--episodes", "1", "--out", str(tmp_path / "new")], "at least 2"),
+    ):
+        assert improvement.main(argv) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_tables_in_results_are_made_from_the_runs():
+    """results/*/improvement.md is what the script prints from the runs beside it."""
+    for path in (ROOT / "results").glob("*/improvement.md"):
+        found = improvement.read_runs(path.parent)
+        chance = {r["env_id"]: improvement.read_random(ROOT / "results/random", r) for _, r in found}
+        assert path.read_text() == improvement.table(found, chance)
