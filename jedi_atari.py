@@ -1202,7 +1202,7 @@ def actor_critic_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor,
 def act(
     agent: Agent, frames: list[np.ndarray], state: tuple | None, temperature: float, device: torch.device
 ) -> tuple[list[int], tuple]:
-    """Sample an action for each of several games; also returns the LSTM's new state. SYNC: the host needs the actions."""
+    """Sample an action for each of several games, and the LSTM's new state. SYNC: the host needs the actions."""
     z = agent.encode(torch.from_numpy(np.stack(frames)[:, None]).to(device))
     logits, _, state = agent.policy(z, state)
     return sample_categorical(logits[:, 0] / temperature).tolist(), state
