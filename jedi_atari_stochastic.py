@@ -2259,6 +2259,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the device on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, IndexError):  # Linux; getrusage counts a parent in there
+        return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[0])
     import resource  # not on Windows, where a GPU is the way to run this
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -247,3 +247,16 @@ def test_imagined_and_recorded_play_are_aligned(counted):
     assert measures["open_loop_ratio"] == pytest.approx([0.0] * 15, abs=1e-3)
     assert measures["reward_recall"] == 1 and measures["reward_false_alarms"] == 0
     assert all(measures[f"reward_prob_{k}"] == pytest.approx(1) for k in (0, 1, 3, 5))
+
+
+def test_peak_memory_is_this_process_own():
+    """A process started by a large one does not count that in (getrusage does), but it counts what it held itself."""
+    parent = np.ones(1_500_000_000, np.uint8)
+    code = "import sys, numpy, torch, jedi_atari as jedi; held = numpy.ones(int(sys.argv[1]), numpy.uint8); del held; "
+    code += "print(jedi.peak_memory(torch.device('cpu')))"
+    command = [sys.executable, "-c", code]
+    small, large = (
+        int(subprocess.run([*command, str(size)], cwd=ROOT, capture_output=True, check=True).stdout)
+        for size in (1, 700_000_000)
+    )
+    assert small < len(parent) / 2 and 600_000_000 < large - small < 800_000_000
