@@ -488,6 +488,7 @@ class ReplayBuffer:
             self._record(last, 0, 0.0, True, False)
 
     def _record(self, frame: np.ndarray, action: int, reward: float, final: bool, end: bool) -> None:
+        assert frame.shape == (IMAGE_SIZE, IMAGE_SIZE, 3) and frame.dtype == np.uint8
         record = np.zeros((), self.RECORD)
         record["action"], record["reward"], record["final"], record["end"] = action, reward, final, end
         record["frame"] = frame
@@ -1005,6 +1006,7 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) ->
 
 def denoise(agent: Agent, z: Tensor, sigma: Tensor, context: Tensor, actions: Tensor, args: Args) -> Tensor:
     """D_theta, clamped: z (B, 16, 8, 8) at noise levels sigma (B,) -> the clean latent expected there."""
+    assert actions.shape == context.shape[:2] and context.shape[2:] == LATENT_SHAPE
     c = precondition(sigma, args.sigma_data, args.sigma_offset)
     output = agent.denoiser(c.c_in * z, c.c_noise, context, actions)
     return agent.norm.clamp(c.c_skip * z + c.c_out * output)
@@ -1048,6 +1050,7 @@ def diffusion_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, di
     batch: windows of context_frames + target_frames frames. Returns the loss and metrics (detached scalars).
     """
     n = args.context_frames
+    assert batch.frames.shape[1] == n + args.target_frames
     latents = agent.encoder(batch.frames)
     agent.norm.update(latents.detach(), batch.mask)
     z = agent.norm(latents) * batch.mask[..., None, None, None]
@@ -1077,6 +1080,7 @@ def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[T
 
     batch: windows from `sample_transitions`: T + 1 frames, mask (B, T) of real transitions.
     """
+    assert batch.mask.shape[1] == batch.frames.shape[1] - 1
     z = agent.encode(batch.frames)
     if args.reward_noise > 0:
         # DEVIATION 8: a model that has only seen true latents does not know the rewards of imagined ones.
@@ -1145,6 +1149,7 @@ def imagine(agent: Agent, start: Windows, args: Args) -> Imagined:
     the whole sequence. DEVIATION 3: a trajectory that ends is masked from there on; DIAMOND starts it afresh.
     """
     n = args.context_frames
+    assert start.frames.shape[1] == n
     context = agent.encode(start.frames, start.mask)
     frames, actions = list(context.unbind(1)), list(start.actions[:, : n - 1].unbind(1))
     burn_in = start.mask[:, : n - 1]
