@@ -1,7 +1,6 @@
 """JEDI (Joint Embedding DIffusion) in one file: Atari from 100k steps, learned inside a latent diffusion world model.
 
     python jedi_atari.py --env-id Pong --preset tiny   # minutes on a laptop CPU: a small world model of the real game
-    python jedi_atari.py --env-id Krull --preset small # under an hour there: a policy that beats random play
     python jedi_atari.py --env-id Pong                 # the papers' numbers: hours on a GPU
     python jedi_atari.py --env-id Pong --dry-run       # print the plan and its cost, do nothing
     python jedi_atari.py --eval-only runs/Pong__...    # play 100 games with a finished run
@@ -209,22 +208,23 @@ PRESETS: dict[str, dict] = {
     ),
 }
 PRESETS["small"] = PRESETS["tiny"] | dict(
-    checkpoint_every=5,
     max_episode_steps=4_500,
-    total_steps=9_000,
-    first_steps_min=3_000,
-    first_steps_max=3_000,
-    first_diffusion_updates=500,
-    first_reward_updates=400,
-    first_policy_updates=100,
-    epoch_steps=300,
-    diffusion_updates=40,
-    reward_updates=40,
-    policy_updates=50,
+    total_steps=6_000,
+    first_steps_min=5_000,
+    first_steps_max=5_000,
+    first_diffusion_updates=1_000,
+    first_reward_updates=600,
+    first_policy_updates=40,
+    epoch_steps=200,
+    diffusion_updates=60,
+    reward_updates=60,
+    policy_updates=40,
     encoder_width=16,
-    denoiser_width=64,
-    entropy_weight=0.005,
-    eval_every=5,
+    learning_rate=5e-4,
+    encoder_lr_scale=0.06,
+    entropy_weight=0.01,
+    horizon=10,
+    eval_every=2,
     eval_episodes=8,
     eval_envs=10,
     final_episodes=100,

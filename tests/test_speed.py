@@ -180,3 +180,29 @@ def test_bad_input(arguments, message, capsys):
     assert speed.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize(
+    ("name", "make_table"),
+    [
+        ("cpu", speed.table),
+        ("growth_cpu", speed.growth_table),
+        ("leave_one_out_cpu", speed.leave_one_out_table),
+        ("profile_cpu", speed.profile_table),
+    ],
+)
+def test_the_tables_in_results_are_made_from_the_json(name, make_table):
+    """results/speed/*.md is what the script printed, and holds the table that its JSON gives."""
+    folder = ROOT / "results/speed"
+    result = json.loads((folder / f"{name}.json").read_text())
+    text = (folder / f"{name}.md").read_text()
+    assert make_table(result) in text and result["git_commit"] in text and "dirty" not in result["git_commit"]
+
+
+@pytest.mark.parametrize(
+    ("name", "make_table"), [("cpu", speed.table), ("leave_one_out_cpu", speed.leave_one_out_table)]
+)
+def test_readme_shows_the_measured_tables(name, make_table):
+    """Nobody types a figure: README.md holds the tables made from results/speed."""
+    result = json.loads((ROOT / f"results/speed/{name}.json").read_text())
+    assert make_table(result) in (ROOT / "README.md").read_text()
