@@ -128,10 +128,10 @@ class Args:
     cond_dim: int = 256  # size of the denoiser's conditioning vector [D]
     reward_width: int = 32  # channels of the reward/termination model [D]
     reward_cond_dim: int = 128  # size of its action embedding [D]
-    lstm_size: int = 512  # of both LSTMs [D]
+    lstm_size: int = 512  # of the reward/termination model's and the policy's LSTM [D]
     latent_norm: Literal["none", "center"] = "none"  # none [P]; center: less a running mean, scaled to sigma_data [C]
     # --- diffusion
-    sigma_data: float = 0.5  # assumed standard deviation of latents; the real one is logged as latent/std [D, C]
+    sigma_data: float = 0.5  # assumed standard deviation of latents; the real one: diffusion/latent_std [D, C]
     sigma_offset: float = 0.3  # scale of the noise shared by a whole channel [D]
     noise_mean: float = -0.4  # mean of ln(sigma) in training [E]
     noise_std: float = 1.2  # standard deviation of ln(sigma) in training [E]
@@ -583,6 +583,18 @@ class ReplayBuffer:
         windows = self._cut(episode, start, length + 1, start, self.lengths[episode].minimum(stop + 1))
         return windows._replace(mask=windows.mask[:, 1:])
 
+    def tiled_transitions(self, length: int) -> Windows:
+        """Windows of `length` transitions (`length` + 1 frames) that together hold every transition once: no chance in
+        it. `mask` marks those; the last window of an episode overlaps the one before it rather than run past its end.
+        """
+        lengths = self.lengths[: self.num_episodes].tolist()
+        rows = [(e, max(0, min(t, n - 1 - length)), t) for e, n in enumerate(lengths) for t in range(0, n - 1, length)]
+        episode, start, new = torch.tensor(rows, dtype=torch.int64, device=self.device).reshape(-1, 3).unbind(1)
+        stop = self.lengths[episode]
+        windows = self._cut(episode, start, length + 1, start, stop)
+        time_ = start[:, None] + torch.arange(length, device=self.device)
+        return windows._replace(mask=(time_ >= new[:, None]) & (time_ < stop[:, None] - 1))
+
     def all_windows(self, length: int, stride: int, count: int | None = None, rewarded: bool = False) -> Windows:
         """Windows of `length` records that lie wholly in an episode, one each `stride` steps: no chance in it.
 
@@ -708,6 +720,7 @@ class LatentNorm(nn.Module):
         real = mask[..., None, None, None].float()
         self.mean += rate * ((z * real).sum((0, 1)) / real.sum() - self.mean)
         values = real.sum() * math.prod(LATENT_SHAPE)
+        # Around the new mean.
         self.variance += rate * (((z - self.mean).square() * real).sum() / values - self.variance)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -1047,10 +1060,10 @@ def diffusion_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, di
         losses.append(error)
         # Random switching: half of the batches go on from the denoiser's own output, as imagination will.
         # Detached, so that no gradient runs through two denoising passes. A tensor decides, not the host.
-        own = agent.norm.clamp(c.c_skip * noisy + c.c_out * output).detach()
+        denoised = agent.norm.clamp(c.c_skip * noisy + c.c_out * output).detach()
         switch = torch.rand((), device=z.device) < args.switch_prob
         real = batch.mask[:, n + i, None, None, None]
-        context.append(torch.where(switch, own, z[:, n + i]) * real)
+        context.append(torch.where(switch, denoised, z[:, n + i]) * real)
     loss = masked_mean(torch.stack(losses, dim=1), batch.mask[:, n:])
     return loss, {"loss": loss.detach(), "latent_std": z.detach().std()}
 
@@ -1077,7 +1090,7 @@ def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[T
         "loss": (reward_loss + end_loss).detach(),
         "reward_loss": reward_loss.detach(),
         "end_loss": end_loss.detach(),
-        "recall": masked_mean(hit.float(), batch.mask & (sign != 0)),
+        "recall": masked_mean(hit.float(), batch.mask & (sign != 0)),  # 0 for a batch without rewards
     }
     return reward_loss + end_loss, metrics
 
@@ -1115,10 +1128,10 @@ class Imagined(NamedTuple):
 def open_loop(agent: Agent, context: Tensor, past: Tensor, actions: Tensor, args: Args) -> Tensor:
     """Imagine with given actions: context (B, N, 16, 8, 8), past (B, N - 1) actions between its frames, actions
     (B, K) from its last frame on -> (B, K, 16, 8, 8)."""
-    frames, taken, n = list(context.unbind(1)), torch.cat([past, actions], dim=1), context.shape[1]
+    latents, taken, n = list(context.unbind(1)), torch.cat([past, actions], dim=1), context.shape[1]
     for k in range(actions.shape[1]):
-        frames.append(sample_next_latent(agent, torch.stack(frames[-n:], 1), taken[:, k : k + n], args))
-    return torch.stack(frames[n:], dim=1)
+        latents.append(sample_next_latent(agent, torch.stack(latents[-n:], 1), taken[:, k : k + n], args))
+    return torch.stack(latents[n:], dim=1)
 
 
 @torch.no_grad()
@@ -1131,14 +1144,14 @@ def imagine(agent: Agent, start: Windows, args: Args) -> Imagined:
     n = args.context_frames
     assert start.frames.shape[1] == n
     context = agent.encode(start.frames, start.mask)
-    frames, actions = list(context.unbind(1)), list(start.actions[:, : n - 1].unbind(1))
+    latents, actions = list(context.unbind(1)), list(start.actions[:, : n - 1].unbind(1))
     burn_in = start.mask[:, : n - 1]
     policy_state = state = masked_lstm(agent.policy.lstm, context[:, : n - 1].flatten(2), burn_in)
     for _ in range(args.horizon):
-        logits, _, state = agent.policy(frames[-1][:, None], state)
+        logits, _, state = agent.policy(latents[-1][:, None], state)
         actions.append(sample_categorical(logits[:, 0]))
-        frames.append(sample_next_latent(agent, torch.stack(frames[-n:], 1), torch.stack(actions[-n:], 1), args))
-    z, taken = torch.stack(frames, dim=1), torch.stack(actions, dim=1)
+        latents.append(sample_next_latent(agent, torch.stack(latents[-n:], 1), torch.stack(actions[-n:], 1), args))
+    z, taken = torch.stack(latents, dim=1), torch.stack(actions, dim=1)
     features = agent.reward.features(z, taken)
     reward_state = masked_lstm(agent.reward.lstm, features[:, : n - 1], burn_in)
     hidden, _ = agent.reward.lstm(features[:, n - 1 :], reward_state)
@@ -1319,8 +1332,9 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
 
     latent_*: health of the latent space. open_loop_ratio[k - 1]: error of latents imagined k steps ahead with the
     recorded actions, over the error of predicting that nothing changes; below 1 is skill. reward_recall: share of
-    rewarded steps whose reward's sign is recognised. reward_prob_<k>: probability that R_psi gives to the true reward
-    when it sees latents imagined k steps ahead (0: true ones).
+    rewarded steps whose reward's sign is recognised; reward_false_alarms: share of the others that look rewarded;
+    rewarded_steps: how many there were. end_recall, end_precision: of terminations. reward_prob_<k>: probability that
+    R_psi gives to the true reward when it sees latents imagined k steps ahead (0: true ones).
     """
     return {
         **latent_health(agent, heldout),
@@ -1363,16 +1377,16 @@ def open_loop_error(agent: Agent, heldout: ReplayBuffer, args: Args, count: int 
 def reward_skill(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict[str, float | None]:
     """Recall of rewards and false alarms, recall and precision of terminations, on true latents."""
     length = min(args.context_frames + args.reward_window, max(int(heldout.lengths.max()) - 1, 1))
-    windows = heldout.all_windows(length + 1, stride=length)
+    windows = heldout.tiled_transitions(length)
     signs, guesses, ends, end_guesses = [], [], [], []
     for part in zip(*(field.split(32) for field in windows), strict=True):
         part = Windows(*part)
         reward_logits, end_logits = agent.reward(agent.encode(part.frames), part.actions[:, :-1])
-        signs.append(part.rewards[:, :-1].sign())
-        guesses.append(reward_logits.argmax(-1) - 1)
-        ends.append(part.ends[:, :-1])
-        end_guesses.append(end_logits.argmax(-1) == 1)
-    sign, guess, end, end_guess = (torch.cat(x).flatten() for x in (signs, guesses, ends, end_guesses))
+        signs.append(part.rewards[:, :-1].sign()[part.mask])
+        guesses.append((reward_logits.argmax(-1) - 1)[part.mask])
+        ends.append(part.ends[:, :-1][part.mask])
+        end_guesses.append((end_logits.argmax(-1) == 1)[part.mask])
+    sign, guess, end, end_guess = (torch.cat(x) for x in (signs, guesses, ends, end_guesses))
 
     def share(hits: Tensor, of: Tensor) -> float | None:
         return (hits & of).sum().item() / of.sum().item() if of.any() else None
@@ -2102,7 +2116,7 @@ def update_decoder(decoder: Decoder, optimizer: torch.optim.Optimizer, agent: Ag
 def update(agent: Agent, part: Part, batch: Windows, number: int, args: Args, bf16: bool) -> dict[str, Tensor]:
     """One optimiser step, the `number`-th (from 0) of its part. Returns metrics on the device: no synchronisation."""
     warm = min(1.0, (number + 1) / max(args.warmup_updates, 1))
-    if number <= args.warmup_updates:
+    if number <= args.warmup_updates:  # once more at the end of it, to set the peak exactly
         for group in part.optimizer.param_groups:
             group["lr"].fill_(group["peak"] * warm)
     with part.compiled, torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=bf16):

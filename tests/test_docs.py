@@ -88,7 +88,7 @@ class Everything(gym.Env):
     metadata = {"render_modes": []}
     observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
     action_space = gym.spaces.Discrete(3)
-    length = 28  # longer than a window of the open-loop error; a multiple of 7, those of `reward_skill`
+    length = 27  # longer than a window of the open-loop error
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

@@ -189,3 +189,31 @@ def test_it_grows_when_episodes_are_very_short():
     fill(small, LENGTHS)
     fill(large, LENGTHS)
     assert all(torch.equal(a, b) for a, b in zip(arrays(small), arrays(large), strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 4, 9, 60])
+def test_tiled_transitions_hold_each_transition_once(length):
+    """Also those at the end of an episode, and those of episodes shorter than a window; against the plain list."""
+    buffer = jedi.ReplayBuffer(500, CPU)
+    episodes = fill(buffer, LENGTHS, open_steps=7)
+    windows = buffer.tiled_transitions(length)
+    assert windows.frames.shape[1] == length + 1 and windows.mask.shape[1] == length
+    seen = []
+    for i, t in windows.mask.nonzero().tolist():
+        episode, step = named(windows.frames[i, t])
+        assert named(windows.frames[i, t + 1]) == (episode, step + 1)
+        action, reward, end = episodes[episode][step]
+        assert (windows.actions[i, t], windows.rewards[i, t], windows.ends[i, t]) == (action, reward, end)
+        seen.append((episode, step))
+    # The open episode's newest step has no frame after it yet.
+    expected = [(e, t) for e, n in enumerate([*LENGTHS, 7 - 1]) for t in range(n)]
+    assert sorted(seen) == sorted(expected)
+
+
+def test_reward_skill_counts_every_reward_and_end(micro):
+    """Whatever the lengths of the episodes are."""
+    buffer = jedi.ReplayBuffer(500, CPU)
+    episodes = fill(buffer, LENGTHS)
+    skill = jedi.reward_skill(jedi.Agent(6, micro), buffer, micro)
+    assert skill["rewarded_steps"] == sum(reward != 0 for episode in episodes for _, reward, _ in episode)
+    assert skill["end_recall"] == 0 and skill["end_precision"] is None  # at first it takes nothing for an end
