@@ -71,7 +71,8 @@ def test_jedi_learns_catch(seed):
 @pytest.mark.slow
 def test_imagined_chance_is_the_games_own():
     """The ball's next column, imagined and true: total variation at most 0.1, which no regression to a mean can do."""
-    args = jedi.Args(**{**learn_catch.CATCH, "env_id": "toys:DriftingCatch-v0"})
+    changes = {"env_id": "toys:DriftingCatch-v0", "denoiser_width": 32, "sample_steps": 3}
+    args = jedi.Args(**{**learn_catch.CATCH, **changes})
     start = dict(sample_start="sigma_max", sample_sigma_max=20.0, sample_steps=6)
     found = drift.measure(args, 1_500, 1_200, [{}, start])
     print(found)
