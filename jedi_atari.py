@@ -313,7 +313,7 @@ def resolve_env_id(env_id: str) -> tuple[str, str]:
     """The gymnasium id behind a user's spelling, and the game's short name.
 
     `Pong`, `ALE/Pong-v5` and `PongNoFrameskip-v4` are all `("ALE/Pong-v5", "Pong")`; any other registered id (also
-    `module:Name-v0`) stands for itself. Raises `BadInput` that names the closest known games.
+    `module:Name-v0`) stands for itself. Raises `BadInput` that names the closest known games, or what ails the module.
     """
     gym.register_envs(ale_py)
     games = {i[4:-3]: i for i in gym.registry if i.startswith("ALE/") and i.endswith("-v5")}
@@ -321,11 +321,15 @@ def resolve_env_id(env_id: str) -> tuple[str, str]:
     if name in games:
         return games[name], name
     module, _, registered = env_id.rpartition(":")
-    try:
-        if module:
+    if module:
+        try:
             importlib.import_module(module)  # it registers the environment
+        except Exception as error:  # whatever goes wrong in somebody's module
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise BadInput(f"--env-id {env_id}: module {module!r} cannot be imported ({reason})") from None
+    try:
         return gym.spec(registered).id, re.sub(r"\W+", "_", env_id)
-    except (gym.error.Error, ImportError, ValueError):
+    except (gym.error.Error, ValueError):
         lower = {g.lower(): g for g in games}
         close = [lower[g] for g in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
         hint = f"did you mean {', '.join(close)}?" if close else f"known games: {', '.join(REFERENCE_SCORES)}"
