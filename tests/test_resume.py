@@ -83,12 +83,13 @@ def reference(tmp_path_factory):
     return run_dir, outcome(run_dir)
 
 
-def kill_again_and_again(run_dir: Path, places: list[str], rng: random.Random) -> list[str]:
-    """SIGKILL at a random visit of each place, in a random order; returns the kills that struck."""
+def kill_again_and_again(run_dir: Path, places: list[str], rng: random.Random, share: int = 3) -> list[str]:
+    """SIGKILL at a random visit of each place, within the first `share`-th of them from where the run stands, in a
+    random order; returns the kills that struck."""
     struck = []
     rng.shuffle(places)
     for place in places:
-        when = f"{place}:{rng.randint(1, max(1, VISITS[place] // 3))}:9"
+        when = f"{place}:{rng.randint(1, max(1, VISITS[place] // share))}:9"
         status, err = finish(start(run_dir, when))
         assert status in (0, -signal.SIGKILL), (when, err)
         if status == 0:  # the run ended first
@@ -104,9 +105,9 @@ def end(run_dir: Path) -> None:
 
 def test_a_run_that_is_killed_ends_with_the_same_bits(reference, tmp_path):
     seed = random.randrange(10**6)
-    struck = kill_again_and_again(tmp_path / "r", [*VISITS][:6], random.Random(seed))
+    struck = kill_again_and_again(tmp_path / "r", [*VISITS][:6], random.Random(seed), share=12)
     end(tmp_path / "r")
-    assert len(struck) >= 5, (seed, struck)
+    assert len(struck) >= 4, (seed, struck)
     assert_same(tmp_path / "r", reference[1])
 
 
