@@ -52,15 +52,15 @@ GAMES = {
     "Catch": COMMON
     | dict(
         env_id="toys:Catch-v0", total_steps=1_000, first_steps_min=1_000, first_steps_max=1_000, final_epochs=0,
-        first_diffusion_updates=400, first_reward_updates=350, first_policy_updates=250, context_frames=2,
-        encoder_width=8, denoiser_width=32, cond_dim=64, reward_width=8, reward_cond_dim=32, lstm_size=128,
-        reward_window=2, horizon=5, entropy_weight=0.01, heldout_steps=400, eval_episodes=40, final_episodes=100,
-        eval_envs=20, max_episode_steps=100,
+        first_diffusion_updates=350, first_reward_updates=400, first_policy_updates=400, context_frames=2,
+        encoder_width=8, denoiser_width=16, cond_dim=64, reward_width=8, reward_cond_dim=32, lstm_size=128,
+        reward_window=2, horizon=5, sample_steps=2, entropy_weight=0.01, heldout_steps=400, eval_episodes=40,
+        final_episodes=100, eval_envs=20, max_episode_steps=100,
     ),
     "Pong": COMMON
     | dict(
         env_id="Pong", total_steps=3_000, first_steps_min=3_000, first_steps_max=3_000, final_epochs=0,
-        first_diffusion_updates=300, first_reward_updates=300, first_policy_updates=0, heldout_steps=1_600,
+        first_diffusion_updates=250, first_reward_updates=250, first_policy_updates=0, heldout_steps=1_600,
         eval_episodes=2, final_episodes=2,
     ),
 }  # fmt: skip
