@@ -209,20 +209,20 @@ PRESETS: dict[str, dict] = {
 }
 PRESETS["small"] = PRESETS["tiny"] | dict(
     max_episode_steps=4_500,
-    total_steps=6_000,
-    first_steps_min=5_000,
-    first_steps_max=5_000,
+    total_steps=10_800,
+    first_steps_min=10_000,
+    first_steps_max=10_000,
     first_diffusion_updates=1_000,
     first_reward_updates=600,
     first_policy_updates=40,
     epoch_steps=200,
     diffusion_updates=60,
     reward_updates=60,
-    policy_updates=40,
+    policy_updates=30,
     encoder_width=16,
     learning_rate=5e-4,
     encoder_lr_scale=0.06,
-    entropy_weight=0.01,
+    entropy_weight=0.03,
     horizon=10,
     eval_every=2,
     eval_episodes=8,
@@ -1569,6 +1569,8 @@ def learning_curves(lines: list[dict], title: str) -> np.ndarray:
         if "error" in name:
             ax.axhline(1, color="0.5", linewidth=1)
             ax.set_yscale("log")
+        if "probability" in name:
+            ax.set_ylim(-0.02, 1.02)  # or noise about 0 looks like a curve
         if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False)
     canvas = FigureCanvasAgg(figure)

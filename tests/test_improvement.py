@@ -1,6 +1,7 @@
 """`benchmark/improvement.py`: intervals against closed forms, random play of the real game, table and picture."""
 
 import json
+import re
 import sys
 
 import cv2
@@ -88,3 +89,11 @@ def test_the_tables_in_results_are_made_from_the_runs():
         found = improvement.read_runs(path.parent)
         chance = {r["env_id"]: improvement.read_random(ROOT / "results/random", r) for _, r in found}
         assert path.read_text() == improvement.table(found, chance)
+
+
+def test_the_readme_shows_a_table_of_results():
+    """The table between the marks is improvement.md of the folder that the command above it names."""
+    text = (ROOT / "README.md").read_text()
+    folder = re.search(r"benchmark/improvement\.py (results/\S+) --random-play", text)[1]
+    shown = text.split("<!-- improvement:begin -->")[1].split("<!-- improvement:end -->")[0]
+    assert shown.strip() == (ROOT / folder / "improvement.md").read_text().strip()

@@ -97,11 +97,20 @@ def losses_and_gradients(args: jedi.Args, bf16: bool = False) -> list[torch.Tens
     return result
 
 
+def report_differences(title: str, one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    """For `pytest -s`: differences of the losses, and of all gradients together, as shares of their size."""
+    losses = [abs(a - b).item() / abs(a).item() for a, b in zip(one, other, strict=True) if not a.dim()]
+    joined = [torch.cat([x.flatten() for x in side if x.dim()]) for side in (one, other)]
+    gradients = ((joined[0] - joined[1]).norm() / joined[0].norm()).item()
+    print(f"{title}: losses differ by {', '.join(f'{x:.1e}' for x in losses)}; gradients by {gradients:.1e}")
+
+
 def test_bf16_and_fp32_agree(micro):
     """Losses to 3%; gradients point the same way. The imagined trajectories of the policy's loss may part, since
     sampled actions do, so it is left out."""
     args = replace(micro, denoiser_width=32, lstm_size=32)
     exact, short = (world_model_only(losses_and_gradients(args, bf16)) for bf16 in (False, True))
+    report_differences("fp32, bf16", exact, short)
     for a, b in zip(exact, short, strict=True):
         if a.dim() == 0:
             assert abs(a - b) < 0.03 * abs(a)
@@ -116,6 +125,7 @@ def test_compiled_and_eager_agree(micro):
         pytest.skip("the compiler needs a C++ compiler on a CPU")
     eager = losses_and_gradients(micro)
     compiled = losses_and_gradients(replace(micro, compile=True))
+    report_differences("eager, compiled", eager, compiled)
     for a, b in zip(eager, compiled, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), (a - b).abs().max()
 
