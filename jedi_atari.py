@@ -1366,11 +1366,13 @@ def latent_health(agent: Agent, heldout: ReplayBuffer, count: int = 512) -> dict
 
 
 def open_loop_error(agent: Agent, heldout: ReplayBuffer, args: Args, count: int = 64) -> dict:
-    """Open-loop error after 1 to 15 imagined steps over that of the copy baseline, on `count` windows."""
+    """Open-loop error after 1 to 15 imagined steps, or as many as games last, over that of the copy baseline, on
+    `count` windows."""
     n = args.context_frames
-    windows = heldout.all_windows(n + MAX_OPEN_LOOP, stride=1, count=count)
-    if not len(windows.frames):
+    steps = min(MAX_OPEN_LOOP, int(heldout.lengths.max()) - n)
+    if steps < 1:
         return {"open_loop_ratio": None}
+    windows = heldout.all_windows(n + steps, stride=1, count=count)
     z = agent.encode(windows.frames)
     imagined = open_loop(agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args)
     error = (imagined - z[:, n:]).square().mean((0, 2, 3, 4))
@@ -1406,11 +1408,12 @@ def reward_skill(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict[str, f
 
 def reward_in_imagination(agent: Agent, heldout: ReplayBuffer, args: Args, count: int = 64) -> dict[str, float | None]:
     """Probability of the true reward when R_psi sees true latents, and latents imagined 1, 3 and 5 steps ahead."""
-    ahead, n = (0, 1, 3, 5), args.context_frames
-    windows = heldout.all_windows(n + max(ahead), stride=1, count=count, rewarded=True)
-    if not len(windows.frames):
-        return {f"reward_prob_{k}": None for k in ahead}
-    z, result = agent.encode(windows.frames), {}
+    n, result = args.context_frames, dict.fromkeys(f"reward_prob_{k}" for k in (0, 1, 3, 5))
+    ahead = [k for k in (0, 1, 3, 5) if n + k <= int(heldout.lengths.max())]  # games may be shorter
+    windows = heldout.all_windows(n + max(ahead, default=0), stride=1, count=count, rewarded=True)
+    if not ahead or not len(windows.frames):
+        return result
+    z = agent.encode(windows.frames)
     sign = windows.rewards[:, -2].sign().long() + 1
     for k in ahead:
         seen = z.clone()
@@ -2675,7 +2678,7 @@ def print_result(result: dict, run_dir: Path) -> None:
     print("  error of imagined latents over the error of 'nothing changes' (below 1 is skill)")
     print("    steps ahead      " + "".join(f"{k:>8}" for k in REPORTED_HORIZONS))
     for title, key in (("before training", "open_loop_ratio_untrained"), ("now", "open_loop_ratio")):
-        values = result[key] or [None] * MAX_OPEN_LOOP
+        values = [*(result[key] or []), *[None] * MAX_OPEN_LOOP]  # short games have fewer
         print(f"    {title:<17}" + "".join(f"{show(values[k - 1]):>8}" for k in REPORTED_HORIZONS))
     recall, alarms = show(measures["reward_recall"], True), show(measures["reward_false_alarms"], True)
     count = int(measures["rewarded_steps"])

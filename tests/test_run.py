@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO, ROOT, replace
+from conftest import MICRO, ROOT, random_agent, replace
 
 import jedi_atari as jedi
 
@@ -247,6 +247,20 @@ def test_imagined_and_recorded_play_are_aligned(counted):
     assert measures["open_loop_ratio"] == pytest.approx([0.0] * 15, abs=1e-3)
     assert measures["reward_recall"] == 1 and measures["reward_false_alarms"] == 0
     assert all(measures[f"reward_prob_{k}"] == pytest.approx(1) for k in (0, 1, 3, 5))
+
+
+def test_games_shorter_than_the_measures_are_measured_as_far_as_they_go(micro):
+    """Games of 6 frames, 2 of them context: 4 imagined steps, and rewards up to 3 steps into a dream."""
+    args = replace(micro, context_frames=2)
+    agent, buffer = random_agent(args, 5), jedi.ReplayBuffer(40, torch.device("cpu"))
+    frames = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), dtype=np.uint8)
+    for _ in range(3):
+        for t in range(5):
+            buffer.add(frames[t], 0, float(t == 4), t == 4, frames[5] if t == 4 else None)
+    buffer.flush()
+    measures = jedi.measure_world_model(agent, buffer, args)
+    assert len(measures["open_loop_ratio"]) == 4 and all(v > 0 for v in measures["open_loop_ratio"])
+    assert all(0 < measures[f"reward_prob_{k}"] < 1 for k in (0, 1, 3)) and measures["reward_prob_5"] is None
 
 
 def test_peak_memory_is_this_process_own():
