@@ -849,7 +849,8 @@ class RewardTerminationModel(nn.Module):
         x = self.conv_in(pairs.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             x = block(x, cond)
-        return x.reshape(b, t, -1)
+        # DEVIATION 10: what ten blocks add up to grows in training; unnormalised it drives the LSTM into saturation.
+        return F.group_norm(x, group_norm_groups(x.shape[1])).reshape(b, t, -1)
 
     def forward(self, z: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, T + 1, 16, 8, 8), actions (B, T) -> reward logits (B, T, 3) for -1, 0, 1 and end logits (B, T, 2)."""

@@ -51,7 +51,7 @@ COMMON = jedi.PRESETS["tiny"] | dict(latent_norm="none", reward_noise=0.0, encod
 GAMES = {
     "Catch": COMMON
     | dict(
-        env_id="toys:Catch-v0", total_steps=1_000, first_steps_min=1_000, first_steps_max=1_000, final_epochs=0,
+        env_id="toys:Catch-v0", total_steps=3_000, first_steps_min=3_000, first_steps_max=3_000, final_epochs=0,
         first_diffusion_updates=350, first_reward_updates=400, first_policy_updates=400, context_frames=2,
         encoder_width=8, denoiser_width=16, cond_dim=64, reward_width=8, reward_cond_dim=32, lstm_size=128,
         reward_window=2, horizon=5, sample_steps=2, entropy_weight=0.01, heldout_steps=400, eval_episodes=40,

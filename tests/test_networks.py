@@ -104,6 +104,18 @@ def test_gradients_are_clipped(agent, micro):
     assert metrics["grad_norm"] > 1e-3 and norm.item() == pytest.approx(1e-3, rel=0.01)
 
 
+def test_the_reward_models_lstm_sees_features_of_one_scale(agent, micro):
+    """Whatever the blocks add up to: zero mean, unit variance for each transition; no gate near its bounds."""
+    torch.manual_seed(0)
+    z, actions = torch.randn(4, 6, *jedi.LATENT_SHAPE).clamp(-1, 1), torch.randint(3, (4, 5))
+    with torch.no_grad():
+        agent.reward.conv_in.weight.mul_(100)
+        features = agent.reward.features(z, actions)
+        hidden = agent.reward.lstm(features)[0]
+    assert features.mean(-1).abs().max() < 1e-4 and torch.allclose(features.std(-1), torch.ones(4, 5), atol=0.01)
+    assert hidden.abs().max() < 0.95
+
+
 def test_every_trained_parameter_gets_a_gradient(agent, micro):
     from conftest import random_windows
 
