@@ -99,6 +99,18 @@ def normalised_before_clamp():
     return replaced(jedi.Encoder, "layers", normalised)
 
 
+def unnormalised_rewards():
+    """The reward/termination model's blocks straight into its LSTM, as in DIAMOND's code."""
+
+    def features(self, z, actions):
+        x = self.conv_in(torch.cat([z[:, :-1], z[:, 1:]], dim=2).flatten(0, 1))
+        for block in self.blocks:
+            x = block(x, self.action_embedding(actions.flatten()))
+        return x.reshape(*actions.shape, -1)
+
+    return replaced(jedi.RewardTerminationModel, "features", features)
+
+
 def no_denoising_gradient():
     """The encoder learns from rewards and terminations alone."""
     loss = jedi.diffusion_loss
@@ -183,6 +195,7 @@ VARIANTS: dict[str, Variant] = {
     "sigma_data 1": Variant({"sigma_data": 1.0}),
     "no offset noise": Variant({"sigma_offset": 0.0}),
     "reward noise 0.2": Variant({"reward_noise": 0.2}),
+    "no group norm before the reward LSTM": Variant(change=unnormalised_rewards),
     "encoder 10 times as fast": Variant({"encoder_lr_scale": 0.3}),
     "sampler starts at sigma_max 5": Variant({"sample_start": "sigma_max"}),
     "sampler starts at sigma_max 20": Variant({"sample_start": "sigma_max", "sample_sigma_max": 20.0}),

@@ -129,3 +129,16 @@ def test_a_run_and_its_table(tmp_path, monkeypatch):
     )
     text = (tmp_path / "ablations.md").read_text()
     assert text.count("| no clamp | 1 |") == 1 and f"{found['return']:.2f}" in text
+
+
+def test_no_group_norm_before_the_reward_lstm(agent):
+    """The same features but for their mean and scale."""
+    torch.manual_seed(0)
+    z, actions = torch.randn(2, 5, *jedi.LATENT_SHAPE), torch.randint(3, (2, 4))
+    with torch.no_grad():
+        normalised = agent.reward.features(z, actions)
+        with ablations.unnormalised_rewards():
+            plain = agent.reward.features(z, actions)
+    centred = plain - plain.mean(-1, keepdim=True)
+    assert not torch.allclose(plain, normalised, atol=0.1)
+    assert torch.allclose(centred / centred.std(-1, correction=0, keepdim=True), normalised, atol=1e-3)
