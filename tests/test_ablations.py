@@ -111,10 +111,10 @@ def test_normalised_before_the_clamp(micro, agent):
 def test_a_run_and_its_table(tmp_path, monkeypatch):
     """One very small run, measured as the large ones; a second call makes none again."""
     small = dict(
-        first_diffusion_updates=2, first_reward_updates=2, total_steps=120, first_steps_min=120, first_steps_max=120,
-        heldout_steps=60, eval_episodes=1, final_episodes=2, eval_envs=2, max_episode_steps=40,
+        first_diffusion_updates=2, first_reward_updates=2, total_steps=140, first_steps_min=120, first_steps_max=120,
+        epoch_steps=20, diffusion_updates=1, reward_updates=1, policy_updates=1, heldout_steps=60,
+        eval_episodes=1, final_episodes=2, eval_envs=2, max_episode_steps=40,
     )  # fmt: skip
-    small |= {"first_policy_updates": 1}
     monkeypatch.setitem(ablations.GAMES, "Catch", ablations.GAMES["Catch"] | small)
     monkeypatch.setattr(jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01))
     command = ["--games", "Catch", "--only", "no clamp", "--seeds", "3", "--threads", "1", "--out", str(tmp_path)]
@@ -124,9 +124,8 @@ def test_a_run_and_its_table(tmp_path, monkeypatch):
     assert ablations.main(command) == 0
     assert files == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     found = json.loads((tmp_path / "Catch__no_clamp__3.json").read_text())
-    assert (
-        found["updates"]["diffusion"] == 2 and 0 <= found["position"] <= 1 and set(found["pixels"]) == {"1", "2", "3"}
-    )
+    assert found["updates"] == {"diffusion": 3, "reward": 3, "policy": 1}
+    assert 0 <= found["position"] <= 1 and set(found["pixels"]) == {"1", "2", "3"}
     text = (tmp_path / "ablations.md").read_text()
     assert text.count("| no clamp | 1 |") == 1 and f"{found['return']:.2f}" in text
 
