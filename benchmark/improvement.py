@@ -120,7 +120,10 @@ def table(runs: list[tuple[Path, dict]], chance: dict[str, dict]) -> str:
 
 
 def draw(runs: list[tuple[Path, dict]], chance: dict[str, dict], path: Path) -> None:
-    """Learning curves, one panel a game: training games, evaluations, and the band of random play."""
+    """Learning curves, one panel a game: training games, evaluations, and the band of random play.
+
+    Over policy updates, not steps: most steps of the small preset are the random play before the first update.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -133,16 +136,15 @@ def draw(runs: list[tuple[Path, dict]], chance: dict[str, dict], path: Path) -> 
         ax.axhspan(low, high, color="0.8", label="random play, 95% interval")
         for colour, (folder, result) in zip(colours, (run for run in runs if run[1]["env_id"] == game), strict=False):
             lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            played = [
-                (x["charts/env_steps"], x["charts/episodic_return"]) for x in lines if "charts/episodic_return" in x
-            ]
-            tested = [(x.get("charts/env_steps", 0), x["eval/mean_return"]) for x in lines if "eval/mean_return" in x]
+            point = lambda x, key: (x.get("charts/policy_updates", 0), x[key])  # noqa: E731
+            played = [point(x, "charts/episodic_return") for x in lines if "charts/episodic_return" in x]
+            tested = [point(x, "eval/mean_return") for x in lines if "eval/mean_return" in x]
             ax.plot(*zip(*played, strict=True), color=colour, alpha=0.35, linewidth=1)
             ax.plot(*zip(*tested, strict=True), color=colour, marker="o", label=f"seed {result['seed']}")
             low, high = interval(result["returns"])
-            mean, steps = result["mean_return"], result["env_steps"]
-            ax.errorbar(steps, mean, [[mean - low], [high - mean]], color=colour, marker="s", markersize=8, capsize=5)
-        ax.set(title=game, xlabel="environment steps", ylabel="return of a game")
+            mean, updates = result["mean_return"], result["updates"]["policy"]
+            ax.errorbar(updates, mean, [[mean - low], [high - mean]], color=colour, marker="s", markersize=8, capsize=5)
+        ax.set(title=game, xlabel="updates of the policy", ylabel="return of a game")
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize=9)
     figure.suptitle(

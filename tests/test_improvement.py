@@ -84,8 +84,8 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
 
 
 def test_the_tables_in_results_are_made_from_the_runs():
-    """results/*/improvement.md is what the script prints from the runs beside it."""
-    for path in (ROOT / "results").glob("*/improvement.md"):
+    """Each improvement.md in results/ is what the script prints from the runs beside it."""
+    for path in (ROOT / "results").rglob("improvement.md"):
         found = improvement.read_runs(path.parent)
         chance = {r["env_id"]: improvement.read_random(ROOT / "results/random", r) for _, r in found}
         assert path.read_text() == improvement.table(found, chance)
