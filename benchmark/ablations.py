@@ -12,13 +12,16 @@ Judged by what two latent spaces have in common, on play that was not trained on
 
 - reward k: probability that the reward/termination model gives to the true reward of a rewarded step, seeing latents
   imagined k steps ahead (0: true ones); false alarms: share of other steps on which it sees a reward;
+- end k: probability that it gives to the truth about the end of the game, ends and other steps counted alike (0.5: it
+  knows nothing), the last k latents imagined;
 - pixels k: error of the picture decoded from latents imagined k steps ahead, over the error of showing the last real
   frame again (below 1 is skill), counted where the picture changes;
 - position (Catch): share of imagined latents, 3 steps ahead, off which a linear probe reads the ball's true place;
 - return (Catch): mean over 100 games of the trained policy; random play -0.6, perfect play +1;
 - rank, std: health of the latents.
 
-Results are written one file a run to --out, and a run that is there is not made again.
+Results are written one file a run to --out, and a run that is there is not made again. Table and picture,
+ablations.md and ablations.png, stand beside them.
 """
 
 import argparse
@@ -67,6 +70,15 @@ GAMES = {
         eval_episodes=2, final_episodes=2,
     ),
 }  # fmt: skip
+
+# What the picture shows, of each game.
+PICTURE = (
+    ("Catch", "reward 3"),
+    ("Catch", "pixels 3"),
+    ("Catch", "return"),
+    ("Pong", "reward 3"),
+    ("Pong", "pixels 3"),
+)
 
 
 # --- variants that change a function
@@ -255,6 +267,7 @@ def measure(args: jedi.Args, saved: dict) -> dict:
     z = agent.encode(windows.frames)
     imagined = jedi.open_loop(agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args)
     found = {"pixels": pixel_ratios(decoder, imagined, windows.frames[:, n - 1 :])}
+    found["end"] = {k: end_probability(agent, z, windows, k, args) for k in (0, ahead)}
     if args.env_id != "Pong":
         found["position"] = position(agent, heldout, imagined[:, -1], windows.frames[:, -1])
     return found
@@ -268,6 +281,23 @@ def pixel_ratios(decoder: jedi.Decoder, imagined: torch.Tensor, frames: torch.Te
         changes = (real - last).abs().amax(-1, keepdim=True) > 10
         ratios[k] = (((shown - real).square() * changes).sum() / ((last - real).square() * changes).sum()).item()
     return ratios
+
+
+def end_probability(agent: jedi.Agent, z: torch.Tensor, windows: jedi.Windows, k: int, args: jedi.Args) -> float | None:
+    """Probability of the truth about the last step, end of the game or not, when the last k latents are imagined.
+
+    Ends count as much as all other steps together, so that a model which never says "end" gets a half. None where no
+    game ends.
+    """
+    n, seen, end = args.context_frames, z.clone(), windows.ends[:, -2].long()
+    if end.min() == end.max():
+        return None
+    if k:
+        past, actions = windows.actions[:, -k - n : -k - 1], windows.actions[:, -k - 1 : -1]
+        seen[:, -k:] = jedi.open_loop(agent, z[:, -k - n : -k], past, actions, args)
+    logits = agent.reward(seen, windows.actions[:, :-1])[1]
+    right = logits[:, -1].softmax(-1).gather(1, end[:, None])[:, 0]
+    return ((right[end == 1].mean() + right[end == 0].mean()) / 2).item()
 
 
 @torch.enable_grad()
@@ -289,27 +319,65 @@ def file_of(out: Path, game: str, name: str, seed: int) -> Path:
     return out / f"{game}__{plain}__{seed}.json"
 
 
+def read_results(out: Path, game: str) -> list[dict]:
+    """The raw results of one game."""
+    return [json.loads(path.read_text()) for path in sorted(out.glob(f"{game}__*.json"))]
+
+
+def columns(results: list[dict]) -> dict[str, Callable]:
+    """What the table shows of a result, by heading: all that was measured on this game."""
+    found: dict[str, Callable] = {f"reward {k}": lambda r, k=k: r["reward"][str(k)] for k in (0, 1, 3, 5)}
+    found |= {"false alarms": lambda r: r["false_alarms"]}
+    found |= {f"end {k}": lambda r, k=k: r["end"][str(k)] for k in (0, 3)}
+    found |= {f"pixels {k}": lambda r, k=k: r["pixels"][str(k)] for k in (1, 3)}
+    found |= {"position": lambda r: r.get("position"), "return": lambda r: r["return"]}
+    found |= {"rank": lambda r: r["rank"], "std": lambda r: r["std"]}
+    return {name: read for name, read in found.items() if any(read(r) is not None for r in results)}
+
+
 def table(out: Path, game: str) -> str:
     """A Markdown table of the results of one game: means over seeds, the single values beside them."""
-    results = [json.loads(path.read_text()) for path in sorted(out.glob(f"{game}__*.json"))]
-    columns: dict[str, Callable] = {f"reward {k}": lambda r, k=k: r["reward"][str(k)] for k in (0, 1, 3, 5)}
-    columns |= {"false alarms": lambda r: r["false_alarms"]}
-    columns |= {f"pixels {k}": lambda r, k=k: r["pixels"][str(k)] for k in (1, 3)}
-    if game == "Catch":
-        columns |= {"position": lambda r: r["position"], "return": lambda r: r["return"]}
-    columns |= {"rank": lambda r: r["rank"], "std": lambda r: r["std"]}
-    lines = ["| variant | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    results = read_results(out, game)
+    shown = columns(results)
+    lines = ["| variant | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
     for name in VARIANTS:
         of_name = [r for r in results if r["variant"] == name]
         if not of_name:
             continue
         cells = []
-        for read in columns.values():
+        for read in shown.values():
             values = [value for value in map(read, of_name) if value is not None]
             single = ", ".join(f"{v:.2f}" for v in values)
             cells.append(f"{statistics.mean(values):.2f} ({single})" if values else "no data")
         lines.append(f"| {name} | {len(of_name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def draw(out: Path, path: Path) -> None:
+    """A dot for each seed of each variant, a panel for each measure; the dashed line is the mean of the papers' own."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [(g, m) for g, m in PICTURE if any(m in columns([r]) for r in read_results(out, g))]
+    names = list(VARIANTS)
+    figure = Figure(figsize=(3.2 + 2.4 * len(panels), 1.2 + 0.28 * len(names)), dpi=100, layout="constrained")
+    axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+    for ax, (game, measure) in zip(axes, panels, strict=False):
+        values = {name: [] for name in names}
+        for result in read_results(out, game):
+            if measure in columns([result]):
+                values[result["variant"]].append(columns([result])[measure](result))
+        for row, name in enumerate(names):
+            ax.plot(values[name], [row] * len(values[name]), "o", color="#0072B2", alpha=0.7)
+        if values[names[0]]:
+            ax.axvline(statistics.mean(values[names[0]]), color="0.4", linestyle="--", linewidth=1)
+        ax.set(title=f"{game}: {measure}", yticks=range(len(names)), yticklabels=names)
+        ax.grid(alpha=0.3)
+    axes[0].invert_yaxis()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    jedi.write_png(path, np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -319,7 +387,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run; 0: all cores")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "ablations")
-    parser.add_argument("--table", action="store_true", help="print the tables of --out, run nothing")
+    parser.add_argument("--table", action="store_true", help="make table and picture of what is in --out, run nothing")
     return parser.parse_args(argv)
 
 
@@ -333,10 +401,12 @@ def main(argv: list[str] | None = None) -> int:
         if not path.exists():
             print(f"--- {i + 1} of {len(todo)}: {game}, {name}, seed {seed}", flush=True)
             jedi.write_json(path, run(game, name, seed, options.threads))
-    text = "\n\n".join(f"## {game}\n\n{table(options.out, game)}" for game in options.games)
+    measured = [game for game in GAMES if read_results(options.out, game)]
+    text = "\n\n".join(f"### {game}\n\n{table(options.out, game)}" for game in measured)
     print(text)
-    if not options.table:
+    if measured:
         jedi.write_atomically(options.out / "ablations.md", (text + "\n").encode())
+        draw(options.out, options.out / "ablations.png")
     return 0
 
 

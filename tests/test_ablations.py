@@ -125,7 +125,8 @@ def test_a_run_and_its_table(tmp_path, monkeypatch):
     assert files == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
     found = json.loads((tmp_path / "Catch__no_clamp__3.json").read_text())
     assert found["updates"] == {"diffusion": 3, "reward": 3, "policy": 1}
-    assert 0 <= found["position"] <= 1 and set(found["pixels"]) == {"1", "2", "3"}
+    assert 0 <= found["position"] <= 1 and all(0 <= found["end"][k] <= 1 for k in ("0", "3"))
+    assert set(found["pixels"]) == {"1", "2", "3"}
     text = (tmp_path / "ablations.md").read_text()
     assert text.count("| no clamp | 1 |") == 1 and f"{found['return']:.2f}" in text
 
