@@ -3,6 +3,7 @@
 import json
 import sys
 
+import cv2
 import pytest
 import torch
 from conftest import ROOT, random_agent, random_windows, replace
@@ -127,6 +128,7 @@ def test_a_run_and_its_table(tmp_path, monkeypatch):
     assert found["updates"] == {"diffusion": 3, "reward": 3, "policy": 1}
     assert 0 <= found["position"] <= 1 and all(0 <= found["end"][k] <= 1 for k in ("0", "3"))
     assert set(found["pixels"]) == {"1", "2", "3"}
+    assert cv2.imread(str(tmp_path / "ablations.png")).std() > 10
     text = (tmp_path / "ablations.md").read_text()
     assert text.count("| no clamp | 1 |") == 1 and f"{found['return']:.2f}" in text
 
@@ -142,3 +144,29 @@ def test_no_group_norm_before_the_reward_lstm(agent):
     centred = plain - plain.mean(-1, keepdim=True)
     assert not torch.allclose(plain, normalised, atol=0.1)
     assert torch.allclose(centred / centred.std(-1, correction=0, keepdim=True), normalised, atol=1e-3)
+
+
+@torch.no_grad()
+def test_end_probability(micro):
+    """A window at a time by hand; ends and other steps count alike; only the last k latents are imagined."""
+    args = replace(micro, s_churn=0.0)
+    agent = random_agent(args, 5)
+    n, k = args.context_frames, 3
+    windows = random_windows(args, n + k)
+    windows.ends[:] = False
+    windows.ends[0, -2] = True  # one end against all the others
+    z = agent.encode(windows.frames)
+    torch.manual_seed(0)
+    found = {j: ablations.end_probability(agent, z, windows, j, args) for j in (0, k)}
+    torch.manual_seed(0)
+    imagined = jedi.open_loop(agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args)
+    for j, seen in ((0, z), (k, torch.cat([z[:, :n], imagined], dim=1))):
+        right = []
+        for i in range(len(z)):
+            logits = agent.reward(seen[i : i + 1], windows.actions[i : i + 1, :-1])[1][0, -1]
+            p_end = 1 / (1 + torch.exp(logits[0] - logits[1]))
+            right.append(p_end if i == 0 else 1 - p_end)
+        expected = (right[0] + torch.stack(right[1:]).mean()) / 2
+        assert found[j] == pytest.approx(expected.item(), abs=1e-5)
+    windows.ends[:] = False
+    assert ablations.end_probability(agent, z, windows, 0, args) is None
