@@ -2,11 +2,13 @@
 
     python benchmark/ablations.py                                  # the whole table: about 2 hours on 2 CPU cores
     python benchmark/ablations.py --games Pong --only "no clamp"   # some of it
+    python benchmark/ablations.py --base plain                     # changed from the papers' plain latents instead
     python benchmark/ablations.py --table                          # the table again, from the raw results
 
 Each variant changes one argument or one function of `jedi_atari.py` and nothing else, and makes the same number of
-updates on the same play. On Catch (tests/toys.py) all of JEDI is trained; on a real game encoder, denoiser and
-reward/termination model alone, on random play.
+updates on the same play. What they are changed from has the papers' choices but for its latents, which are centred:
+with plain ones a run as short as these learns too little for any other choice to show. On Catch (tests/toys.py) all
+of JEDI is trained; on a real game encoder, denoiser and reward/termination model alone, on random play.
 
 Judged by what two latent spaces have in common, on play that was not trained on:
 
@@ -20,7 +22,7 @@ Judged by what two latent spaces have in common, on play that was not trained on
 - return (Catch): mean over 100 games of the trained policy; random play -0.6, perfect play +1;
 - rank, std: health of the latents.
 
-Results are written one file a run to --out, and a run that is there is not made again. Table and picture,
+Results are written one file a run to a folder of --out, and a run that is there is not made again. Table and picture,
 ablations.md and ablations.png, stand beside them.
 """
 
@@ -49,8 +51,9 @@ import jedi_atari as jedi
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The sizes of the tiny preset with the papers' choices: what the variants are changed from.
-COMMON = jedi.PRESETS["tiny"] | dict(latent_norm="none", reward_noise=0.0, encoder_lr_scale=0.03, decoder=True)
+# The sizes of the tiny preset with the papers' choices: what the variants are changed from, but for --base.
+BASES = {"centred": dict(latent_norm="center"), "plain": dict(latent_norm="none")}
+COMMON = jedi.PRESETS["tiny"] | dict(reward_noise=0.0, encoder_lr_scale=0.03, decoder=True)
 GAMES = {
     # The policy learns in the second epoch, after the diffusion updates that mend the dream once the reward updates
     # have moved the encoder (docs/log.md, "Catch for certain").
@@ -195,7 +198,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS: dict[str, Variant] = {
-    "the papers'": Variant(),
+    "nothing changed": Variant(),
     # the papers' ablations
     "no clamp": Variant(change=no_clamp),
     "context never the denoiser's output": Variant({"switch_prob": 0.0}),
@@ -204,8 +207,8 @@ VARIANTS: dict[str, Variant] = {
     "no denoising gradient into the encoder": Variant(change=no_denoising_gradient),
     "regression in place of diffusion": Variant(change=regression),
     # what the sources leave open
-    "centred latents": Variant({"latent_norm": "center"}),
-    "centred latents, reward noise 0.2": Variant({"latent_norm": "center", "reward_noise": 0.2}),
+    "plain latents, the papers'": Variant(BASES["plain"]),
+    "centred latents": Variant(BASES["centred"]),
     "group norm before the clamp": Variant(change=normalised_before_clamp),
     "sigma_data 1": Variant({"sigma_data": 1.0}),
     "no offset noise": Variant({"sigma_offset": 0.0}),
@@ -220,10 +223,10 @@ VARIANTS: dict[str, Variant] = {
 # --- one run
 
 
-def run(game: str, name: str, seed: int, threads: int, **changes) -> dict:
+def run(game: str, base: str, name: str, seed: int, threads: int) -> dict:
     """Train one variant on one game and measure it."""
     variant, begun = VARIANTS[name], time.monotonic()
-    arguments = GAMES[game] | variant.arguments | changes | {"seed": seed, "threads": threads}
+    arguments = GAMES[game] | BASES[base] | variant.arguments | {"seed": seed, "threads": threads}
     with tempfile.TemporaryDirectory() as folder, variant.change():
         args = jedi.Args(**arguments, run_dir=f"{folder}/run")
         result = jedi.train(args)
@@ -232,6 +235,7 @@ def run(game: str, name: str, seed: int, threads: int, **changes) -> dict:
     measures = result["measures"]
     return {
         "game": game,
+        "base": base,
         "variant": name,
         "seed": seed,
         "reward": {k: measures[f"reward_prob_{k}"] for k in (0, 1, 3, 5)},
@@ -336,7 +340,7 @@ def columns(results: list[dict]) -> dict[str, Callable]:
 
 
 def table(out: Path, game: str) -> str:
-    """A Markdown table of the results of one game: means over seeds, the single values beside them."""
+    """A Markdown table of the results of one game, one number a seed."""
     results = read_results(out, game)
     shown = columns(results)
     lines = ["| variant | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
@@ -347,14 +351,13 @@ def table(out: Path, game: str) -> str:
         cells = []
         for read in shown.values():
             values = [value for value in map(read, of_name) if value is not None]
-            single = ", ".join(f"{v:.2f}" for v in values)
-            cells.append(f"{statistics.mean(values):.2f} ({single})" if values else "no data")
+            cells.append(", ".join(f"{v:.2f}" for v in values) or "no data")
         lines.append(f"| {name} | {len(of_name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw(out: Path, path: Path) -> None:
-    """A dot for each seed of each variant, a panel for each measure; the dashed line is the mean of the papers' own."""
+    """A dot for each seed of each variant, a panel for each measure; dashed: the mean of what they are changed from."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -384,6 +387,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--games", nargs="+", choices=list(GAMES), default=list(GAMES))
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--base", choices=list(BASES), default="centred", help="latents of what is changed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run; 0: all cores")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "ablations")
@@ -394,19 +398,21 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     options = parse_args(argv)
-    options.out.mkdir(parents=True, exist_ok=True)
-    todo = [(s, g, v) for s in options.seeds for g in options.games for v in options.only]
+    out = options.out / options.base
+    out.mkdir(parents=True, exist_ok=True)
+    names = [name for name in options.only if VARIANTS[name].arguments != BASES[options.base]]
+    todo = [(s, g, v) for s in options.seeds for g in options.games for v in names]
     for i, (seed, game, name) in enumerate([] if options.table else todo):
-        path = file_of(options.out, game, name, seed)
+        path = file_of(out, game, name, seed)
         if not path.exists():
             print(f"--- {i + 1} of {len(todo)}: {game}, {name}, seed {seed}", flush=True)
-            jedi.write_json(path, run(game, name, seed, options.threads))
-    measured = [game for game in GAMES if read_results(options.out, game)]
-    text = "\n\n".join(f"### {game}\n\n{table(options.out, game)}" for game in measured)
+            jedi.write_json(path, run(game, options.base, name, seed, options.threads))
+    measured = [game for game in GAMES if read_results(out, game)]
+    text = "\n\n".join(f"### {game}\n\n{table(out, game)}" for game in measured)
     print(text)
     if measured:
-        jedi.write_atomically(options.out / "ablations.md", (text + "\n").encode())
-        draw(options.out, options.out / "ablations.png")
+        jedi.write_atomically(out / "ablations.md", (text + "\n").encode())
+        draw(out, out / "ablations.png")
     return 0
 
 

@@ -119,17 +119,18 @@ def test_a_run_and_its_table(tmp_path, monkeypatch):
     monkeypatch.setitem(ablations.GAMES, "Catch", ablations.GAMES["Catch"] | small)
     monkeypatch.setattr(jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01))
     command = ["--games", "Catch", "--only", "no clamp", "--seeds", "3", "--threads", "1", "--out", str(tmp_path)]
+    out = tmp_path / "centred"
     assert ablations.main(command) == 0
-    files = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    files = {path.name: path.stat().st_mtime_ns for path in out.glob("*.json")}
     assert set(files) == {"Catch__no_clamp__3.json"}
     assert ablations.main(command) == 0
-    assert files == {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    found = json.loads((tmp_path / "Catch__no_clamp__3.json").read_text())
+    assert files == {path.name: path.stat().st_mtime_ns for path in out.glob("*.json")}
+    found = json.loads((out / "Catch__no_clamp__3.json").read_text())
     assert found["updates"] == {"diffusion": 3, "reward": 3, "policy": 1}
     assert 0 <= found["position"] <= 1 and all(0 <= found["end"][k] <= 1 for k in ("0", "3"))
     assert set(found["pixels"]) == {"1", "2", "3"}
-    assert cv2.imread(str(tmp_path / "ablations.png")).std() > 10
-    text = (tmp_path / "ablations.md").read_text()
+    assert cv2.imread(str(out / "ablations.png")).std() > 10
+    text = (out / "ablations.md").read_text()
     assert text.count("| no clamp | 1 |") == 1 and f"{found['return']:.2f}" in text
 
 
