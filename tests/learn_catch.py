@@ -1,6 +1,7 @@
 """Train the whole of JEDI on Catch and say how well it plays: python tests/learn_catch.py --seed 0
 
-The last line is one JSON object: mean_return of 100 games (random -0.6, perfect +1), seconds, and the seed.
+The last line is one JSON object: mean_return of 100 games (random -0.6, perfect +1), seconds, the seed, the health of
+the world model. `--out results/catch` keeps it as a file there; `--table results/catch` shows such files as a table.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import torch  # noqa: E402
 
 import jedi_atari as jedi  # noqa: E402
 
@@ -64,17 +67,58 @@ def learn_catch(seed: int, run_dir: Path, **changes) -> dict:
     """One run; returns its figures."""
     begun = time.monotonic()
     result = jedi.train(jedi.Args(**{**CATCH, "seed": seed, "run_dir": str(run_dir), **changes}))
-    keys = ("mean_return", "open_loop_ratio", "reward_recall", "peak_memory_bytes", "measures")
-    return {"seed": seed, "seconds": round(time.monotonic() - begun, 1), **{key: result[key] for key in keys}}
+    keys = ("mean_return", "open_loop_ratio", "reward_recall", "peak_memory_bytes", "measures", "updates", "git_commit")
+    return {
+        "seed": seed,
+        "seconds": round(time.monotonic() - begun, 1),
+        "threads": torch.get_num_threads(),
+        **{key: result[key] for key in keys},
+    }
+
+
+def table(folder: Path) -> str:
+    """Markdown, one row a seed. Raises `FileNotFoundError` if the folder holds no results."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+    if not rows:
+        raise FileNotFoundError(f"{folder} holds no seed*.json; make them with --out {folder}")
+    lines = [
+        "| seed | return of 100 games | time | threads | reward seen 0, 1, 3 steps into a dream | open loop 1, 3 "
+        "| latents: standard deviation, rank |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        m, ratio = row["measures"], row["open_loop_ratio"]
+        cells = [
+            str(row["seed"]),
+            f"{row['mean_return']:.2f}",
+            jedi.clock(row["seconds"]),
+            str(row["threads"]),
+            ", ".join(f"{m[f'reward_prob_{k}']:.2f}" for k in (0, 1, 3)),
+            f"{ratio[0]:.3f}, {ratio[2]:.3f}",
+            f"{m['latent_std']:.2f}, {m['latent_effective_rank']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder that keeps the last line as seed<N>.json")
+    parser.add_argument("--table", type=Path, metavar="FOLDER", help="show such a folder as a table; train nothing")
     args = parser.parse_args()
+    if args.table:
+        try:
+            return print(table(args.table))
+        except FileNotFoundError as error:
+            parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(learn_catch(args.seed, Path(folder) / "run", threads=args.threads)))
+        found = learn_catch(args.seed, Path(folder) / "run", threads=args.threads)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        jedi.write_json(args.out / f"seed{args.seed}.json", found)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
