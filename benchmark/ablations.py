@@ -1,6 +1,7 @@
 """What does each choice bring? The papers' ablations, and the choices that the sources leave open.
 
     python benchmark/ablations.py                                  # the whole table: about 2 hours on 2 CPU cores
+    python benchmark/ablations.py --jobs 2                         # two runs at once, the cores shared out
     python benchmark/ablations.py --games Pong --only "no clamp"   # some of it
     python benchmark/ablations.py --base plain                     # changed from the papers' plain latents instead
     python benchmark/ablations.py --table                          # the table again, from the raw results
@@ -22,15 +23,19 @@ Judged by what two latent spaces have in common, on play that was not trained on
 - return (Catch): mean over 100 games of the trained policy; random play -0.6, perfect play +1;
 - rank, std: health of the latents.
 
-Results are written one file a run to a folder of --out, and a run that is there is not made again. Table and picture,
-ablations.md and ablations.png, stand beside them.
+Results are written one file a run to a folder of --out, and a run that is there is not made again: the same call
+carries on after a stop. Table and picture, ablations.md and ablations.png, stand beside them.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -223,10 +228,14 @@ VARIANTS: dict[str, Variant] = {
 # --- one run
 
 
-def run(game: str, base: str, name: str, seed: int, threads: int) -> dict:
+def arguments_of(game: str, base: str, name: str, seed: int, threads: int) -> dict:
+    """What the script is called with."""
+    return GAMES[game] | BASES[base] | VARIANTS[name].arguments | {"seed": seed, "threads": threads}
+
+
+def run(game: str, base: str, name: str, arguments: dict) -> dict:
     """Train one variant on one game and measure it."""
     variant, begun = VARIANTS[name], time.monotonic()
-    arguments = GAMES[game] | BASES[base] | variant.arguments | {"seed": seed, "threads": threads}
     with tempfile.TemporaryDirectory() as folder, variant.change():
         args = jedi.Args(**arguments, run_dir=f"{folder}/run")
         result = jedi.train(args)
@@ -237,7 +246,7 @@ def run(game: str, base: str, name: str, seed: int, threads: int) -> dict:
         "game": game,
         "base": base,
         "variant": name,
-        "seed": seed,
+        "seed": args.seed,
         "reward": {k: measures[f"reward_prob_{k}"] for k in (0, 1, 3, 5)},
         "false_alarms": measures["reward_false_alarms"],
         "rank": measures["latent_effective_rank"],
@@ -318,6 +327,27 @@ def position(agent: jedi.Agent, heldout: jedi.ReplayBuffer, imagined: torch.Tens
 # --- all runs, and the table
 
 
+def run_to_file(path: Path, *one) -> str:
+    """One run, kept in `path`; returns what to say of it."""
+    found = run(*one)
+    jedi.write_json(path, found)
+    return f"{found['game']}, {found['variant']}, seed {found['seed']}: {jedi.clock(found['seconds'])}"
+
+
+def run_all(todo: list[tuple], jobs: int) -> None:
+    """Several at once in processes of their own, so that the change of one never meets another's."""
+    spawn = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        said = (run_to_file(*one) for one in todo)
+        if jobs > 1:
+            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(jobs, spawn))
+            stack.push(lambda kind, *_: kind and pool.shutdown(wait=False, cancel_futures=True))
+            futures = [pool.submit(run_to_file, *one) for one in todo]
+            said = (future.result() for future in concurrent.futures.as_completed(futures))
+        for i, line in enumerate(said):
+            print(f"--- {i + 1} of {len(todo)}: {line}", flush=True)
+
+
 def file_of(out: Path, game: str, name: str, seed: int) -> Path:
     plain = "".join(c if c.isalnum() else "_" for c in name).strip("_")
     return out / f"{game}__{plain}__{seed}.json"
@@ -389,10 +419,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--base", choices=list(BASES), default="centred", help="latents of what is changed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run; 0: all cores")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run; 0: the cores over --jobs")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "ablations")
     parser.add_argument("--table", action="store_true", help="make table and picture of what is in --out, run nothing")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.jobs < 1 or options.threads < 0:
+        parser.error("--jobs must be at least 1, --threads at least 0")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -401,12 +435,13 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out / options.base
     out.mkdir(parents=True, exist_ok=True)
     names = [name for name in options.only if VARIANTS[name].arguments != BASES[options.base]]
-    todo = [(s, g, v) for s in options.seeds for g in options.games for v in names]
-    for i, (seed, game, name) in enumerate([] if options.table else todo):
-        path = file_of(out, game, name, seed)
-        if not path.exists():
-            print(f"--- {i + 1} of {len(todo)}: {game}, {name}, seed {seed}", flush=True)
-            jedi.write_json(path, run(game, options.base, name, seed, options.threads))
+    threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
+    todo = []
+    for seed, game, name in itertools.product(options.seeds, options.games, names):
+        arguments = arguments_of(game, options.base, name, seed, threads)
+        todo.append((file_of(out, game, name, seed), game, options.base, name, arguments))
+    if not options.table:
+        run_all([one for one in todo if not one[0].exists()], options.jobs)
     measured = [game for game in GAMES if read_results(out, game)]
     text = "\n\n".join(f"### {game}\n\n{table(out, game)}" for game in measured)
     print(text)

@@ -133,6 +133,16 @@ def test_a_run_and_its_table(tmp_path, monkeypatch):
     text = (out / "ablations.md").read_text()
     assert text.count("| no clamp | 1 |") == 1 and f"{found['return']:.2f}" in text
 
+    # Two at once, each in a process of its own: the same numbers.
+    again = ["--only", "no clamp", "nothing changed", "--jobs", "2", "--out", str(tmp_path / "two")]
+    assert ablations.main([*command, *again]) == 0
+    both = tmp_path / "two" / "centred"
+    assert json.loads((both / "Catch__no_clamp__3.json").read_text())["pixels"] == found["pixels"]
+    assert json.loads((both / "Catch__nothing_changed__3.json").read_text())["pixels"] != found["pixels"]
+    with pytest.raises(SystemExit):
+        ablations.main(["--jobs", "0", "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
 
 def test_no_group_norm_before_the_reward_lstm(agent):
     """The same features but for their mean and scale."""
