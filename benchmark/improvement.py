@@ -7,7 +7,8 @@ A run has improved for certain where the 95% interval of its mean return lies wh
 intervals are percentile bootstraps over games. Random play is played by the rules of the preset's final evaluation:
 full games, raw rewards, lives ignored, cut at the same number of steps; its actions are drawn uniformly.
 
-The second command prints the table, and writes improvement.md and improvement.png beside the runs.
+The second command prints the table, and writes it beside the runs as improvement.md, with the learning curves,
+improvement.png, and health.md: the state of latents and world model at each evaluation.
 """
 
 import argparse
@@ -119,6 +120,37 @@ def table(runs: list[tuple[Path, dict]], chance: dict[str, dict]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
 
 
+HEALTH = (  # what health.md shows: heading, keys of metrics.jsonl, format
+    ("updates: diffusion, reward, policy", [f"charts/{name}_updates" for name in jedi.PARTS], ",.0f"),
+    ("latents: standard deviation", ["wm/latent_std"], ".2f"),
+    ("effective rank", ["wm/latent_effective_rank"], ".0f"),
+    ("saturated", ["wm/latent_saturation"], ".1%"),
+    ("open loop 1, 5, 15", [f"wm/open_loop_ratio_{k}" for k in (1, 5, 15)], ".2f"),
+    ("rewards recognised", ["wm/reward_recall"], ".0%"),
+    ("false alarms", ["wm/reward_false_alarms"], ".0%"),
+    ("reward seen 0, 1, 3, 5 steps into a dream", [f"wm/reward_prob_{k}" for k in (0, 1, 3, 5)], ".2f"),
+)
+
+
+def health_table(runs: list[tuple[Path, dict]]) -> str:
+    """One row an evaluation, as Markdown: what `measure_world_model` said of play that was not trained on.
+
+    The first row of a run is before its training, the last after it. What was not there to measure is "no data".
+    """
+    rows = [["game", "seed", *(heading for heading, _, _ in HEALTH)], ["---"] * (len(HEALTH) + 2)]
+    for folder, result in runs:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        tested = [line for line in lines if "wm/latent_std" in line]
+        for line in tested:
+            known = {id(tested[0]): dict.fromkeys(jedi.PARTS, 0), id(tested[-1]): result["updates"]}.get(id(line), {})
+            line = {f"charts/{name}_updates": count for name, count in known.items()} | line
+            cells = [
+                ", ".join(format(line[k], form) if k in line else "no data" for k in keys) for _, keys, form in HEALTH
+            ]
+            rows.append([result["env_id"], str(result["seed"]), *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
+
+
 def draw(runs: list[tuple[Path, dict]], chance: dict[str, dict], path: Path) -> None:
     """Learning curves, one panel a game: training games, evaluations, and the band of random play.
 
@@ -187,6 +219,7 @@ def compare(options: argparse.Namespace) -> None:
     text = table(runs, chance)
     print(text, end="")
     jedi.write_atomically(options.runs / "improvement.md", text.encode())
+    jedi.write_atomically(options.runs / "health.md", health_table(runs).encode())
     draw(runs, chance, options.runs / "improvement.png")
 
 

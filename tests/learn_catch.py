@@ -83,7 +83,7 @@ def table(folder: Path) -> str:
         raise FileNotFoundError(f"{folder} holds no seed*.json; make them with --out {folder}")
     lines = [
         "| seed | return of 100 games | time | threads | reward seen 0, 1, 3 steps into a dream | open loop 1, 3 "
-        "| latents: standard deviation, rank |",
+        "| latents: standard deviation, rank, saturated |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -95,7 +95,7 @@ def table(folder: Path) -> str:
             str(row["threads"]),
             ", ".join(f"{m[f'reward_prob_{k}']:.2f}" for k in (0, 1, 3)),
             f"{ratio[0]:.3f}, {ratio[2]:.3f}",
-            f"{m['latent_std']:.2f}, {m['latent_effective_rank']:.0f}",
+            f"{m['latent_std']:.2f}, {m['latent_effective_rank']:.0f}, {m['latent_saturation']:.0%}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

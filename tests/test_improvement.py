@@ -65,6 +65,15 @@ def test_table_and_picture_of_a_real_run(runs, capsys):
     assert (runs / "runs/improvement.md").read_text() == text
     assert cv2.imread(str(runs / "runs/improvement.png")).std() > 10
 
+    rows = (runs / "runs/health.md").read_text().splitlines()[2:]
+    assert rows[0].startswith("| Krull | 3 | 0, 0, 0 |")
+    updates = ", ".join(str(result["updates"][name]) for name in ("diffusion", "reward", "policy"))
+    measures, ratio = result["measures"], result["open_loop_ratio"]
+    assert rows[-1].startswith(f"| Krull | 3 | {updates} | {measures['latent_std']:.2f} |")
+    assert f"| {ratio[0]:.2f}, {ratio[4]:.2f}, {ratio[14]:.2f} |" in rows[-1]
+    shown = [f"{measures[f'reward_prob_{k}']:.2f}" for k in (0, 1, 3, 5) if measures[f"reward_prob_{k}"] is not None]
+    assert rows[-1].endswith(", ".join(shown) + " |" if len(shown) == 4 else "no data |")
+
 
 def test_bad_input_is_one_line(runs, tmp_path, capsys):
     random = json.loads((runs / "random/Krull.json").read_text())
@@ -89,6 +98,7 @@ def test_the_tables_in_results_are_made_from_the_runs():
         found = improvement.read_runs(path.parent)
         chance = {r["env_id"]: improvement.read_random(ROOT / "results/random", r) for _, r in found}
         assert path.read_text() == improvement.table(found, chance)
+        assert (path.parent / "health.md").read_text() == improvement.health_table(found)
 
 
 def test_the_readme_shows_a_table_of_results():

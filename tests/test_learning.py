@@ -16,6 +16,9 @@ import toys
 import jedi_atari as jedi
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "benchmark"))
+
+import ablations  # noqa: E402
 
 
 def test_catch_is_the_game_that_it_says():
@@ -56,6 +59,22 @@ def test_the_drift_is_the_one_that_it_says():
     assert drift.total_variation(counts / counts.sum(1, keepdims=True), 0.25).max() < 0.04
 
 
+def test_the_readme_shows_the_results_of_catch():
+    """Its table is made from the files in results/catch; a folder without such files is one line of error."""
+    text = (HERE.parent / "README.md").read_text()
+    shown = text.split("<!-- catch:begin -->")[1].split("<!-- catch:end -->")[0].strip()
+    assert shown == learn_catch.table(HERE.parent / "results" / "catch")
+    for path in sorted((HERE.parent / "results" / "catch").glob("seed*.json")):
+        found = json.loads(path.read_text())
+        minutes, seconds = divmod(int(found["seconds"]), 60)
+        assert (
+            f"| {found['seed']} | {found['mean_return']:.2f} | {minutes}:{seconds:02d} | {found['threads']} |" in shown
+        )
+    command = [sys.executable, str(HERE / "learn_catch.py"), "--table", str(HERE)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(f"make them with --out {HERE}")
+
+
 @pytest.mark.learning
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_jedi_learns_catch(seed):
@@ -65,6 +84,20 @@ def test_jedi_learns_catch(seed):
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
     assert found["mean_return"] >= 0.9
+
+
+@pytest.mark.learning
+@pytest.mark.slow
+def test_regression_to_the_mean_has_no_chance():
+    """The same networks trained to predict the next latent by squared error: always the likeliest next column.
+
+    It stays with probability 3/4, beside a wall 7/8: (3 * 1/4 + 2 * 1/8) / 5 = 0.2 from the true distribution.
+    """
+    args = jedi.Args(**{**learn_catch.CATCH, "env_id": "toys:DriftingCatch-v0", "denoiser_width": 32})
+    with ablations.regression():
+        found = drift.measure(args, 1_500, 1_200, [{}], samples=2)
+    print(found)
+    assert found["probe"] > 0.99 and found[str({})][0] == pytest.approx(0.2, abs=0.04)
 
 
 @pytest.mark.learning
