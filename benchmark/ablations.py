@@ -202,8 +202,9 @@ class Variant(NamedTuple):
     change: Callable = contextlib.nullcontext
 
 
+UNCHANGED = "nothing changed"
 VARIANTS: dict[str, Variant] = {
-    "nothing changed": Variant(),
+    UNCHANGED: Variant(),
     # the papers' ablations
     "no clamp": Variant(change=no_clamp),
     "context never the denoiser's output": Variant({"switch_prob": 0.0}),
@@ -381,7 +382,7 @@ def table(out: Path, game: str) -> str:
         cells = []
         for read in shown.values():
             values = [value for value in map(read, of_name) if value is not None]
-            cells.append(", ".join(f"{v:.2f}" for v in values) or "no data")
+            cells.append(", ".join(f"{v:.2f}" if abs(v) < 10 else f"{v:.0f}" for v in values) or "no data")
         lines.append(f"| {name} | {len(of_name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -393,7 +394,8 @@ def draw(out: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = [(g, m) for g, m in PICTURE if any(m in columns([r]) for r in read_results(out, g))]
-    names = list(VARIANTS)
+    made = {result["variant"] for game in GAMES for result in read_results(out, game)}
+    names = [name for name in VARIANTS if name in made]
     figure = Figure(figsize=(3.2 + 2.4 * len(panels), 1.2 + 0.28 * len(names)), dpi=100, layout="constrained")
     axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
     for ax, (game, measure) in zip(axes, panels, strict=False):
@@ -403,8 +405,8 @@ def draw(out: Path, path: Path) -> None:
                 values[result["variant"]].append(columns([result])[measure](result))
         for row, name in enumerate(names):
             ax.plot(values[name], [row] * len(values[name]), "o", color="#0072B2", alpha=0.7)
-        if values[names[0]]:
-            ax.axvline(statistics.mean(values[names[0]]), color="0.4", linestyle="--", linewidth=1)
+        if values.get(UNCHANGED):
+            ax.axvline(statistics.mean(values[UNCHANGED]), color="0.4", linestyle="--", linewidth=1)
         ax.set(title=f"{game}: {measure}", yticks=range(len(names)), yticklabels=names)
         ax.grid(alpha=0.3)
     axes[0].invert_yaxis()
