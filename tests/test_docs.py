@@ -388,6 +388,7 @@ def check_pytest(argv: list[str]) -> None:
     parser.add_argument("-m", default="")
     parser.add_argument("-n", type=int)
     parser.add_argument("-k")
+    parser.add_argument("-s", action="store_true")
     parser.add_argument("paths", nargs="*")
     options = parser.parse_args(argv)
     assert set(re.findall(r"\w+", options.m)) - {"and", "or", "not"} <= markers
