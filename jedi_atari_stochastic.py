@@ -38,6 +38,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -2803,6 +2804,9 @@ def first_message(box: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 2 for bad input, 1 for a failure, 128 + n for signal n."""
     name, signals = Path(__file__).name, StopSignals()
+    # TensorBoard writes in a thread; what fails there is raised again by its next call: no traceback needed.
+    hook = threading.__excepthook__
+    threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else hook(failed)
     try:
         with signals:
             args = parse_args(sys.argv[1:] if argv is None else argv)
