@@ -75,6 +75,11 @@ def read_runs(folder: Path) -> list[tuple[Path, dict]]:
     return [(path.parent, json.loads(path.read_text())) for path in paths]
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """What a run logged, a dictionary a line."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def read_random(folder: Path, result: dict) -> dict:
     """Random play of a run's game, cut at the same length. Raises `BadInput` that says how to make it."""
     _, name = jedi.resolve_env_id(result["env_id"])
@@ -139,7 +144,7 @@ def health_table(runs: list[tuple[Path, dict]]) -> str:
     """
     rows = [["game", "seed", *(heading for heading, _, _ in HEALTH)], ["---"] * (len(HEALTH) + 2)]
     for folder, result in runs:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(folder)
         tested = [line for line in lines if "wm/latent_std" in line]
         for line in tested:
             known = {id(tested[0]): dict.fromkeys(jedi.PARTS, 0), id(tested[-1]): result["updates"]}.get(id(line), {})
@@ -167,7 +172,7 @@ def draw(runs: list[tuple[Path, dict]], chance: dict[str, dict], path: Path) -> 
         low, high = interval(chance[game]["returns"])
         ax.axhspan(low, high, color="0.8", label="random play, 95% interval")
         for colour, (folder, result) in zip(colours, (run for run in runs if run[1]["env_id"] == game), strict=False):
-            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            lines = read_metrics(folder)
             point = lambda x, key: (x.get("charts/policy_updates", 0), x[key])  # noqa: E731
             played = [point(x, "charts/episodic_return") for x in lines if "charts/episodic_return" in x]
             tested = [point(x, "eval/mean_return") for x in lines if "eval/mean_return" in x]

@@ -85,5 +85,15 @@ def random_windows(args: jedi.Args, length: int, batch: int = 4, num_actions: in
     )
 
 
+def has_bf16_lstm() -> bool:
+    """Whether this processor can run an LSTM in bf16: oneDNN cannot below AVX-512."""
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.nn.LSTM(8, 8)(torch.zeros(2, 1, 8))
+    except RuntimeError:
+        return False
+    return True
+
+
 def replace(args: jedi.Args, **changes) -> jedi.Args:
     return dataclasses.replace(args, **changes)

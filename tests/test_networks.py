@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, replace
+from conftest import ROOT, has_bf16_lstm, replace
 
 import jedi_atari as jedi
 
@@ -220,12 +220,7 @@ def test_bf16_and_fp32_agree(agent, micro):
         "reward": short(random_windows(micro, 8)),
         "policy": random_windows(micro, micro.context_frames),
     }
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            torch.nn.LSTM(8, 8)(torch.zeros(2, 1, 8))
-        lstm = True
-    except RuntimeError:  # oneDNN has no such LSTM below AVX-512
-        lstm = False
+    lstm = has_bf16_lstm()
     for name, part in jedi.make_parts(agent, micro, torch.device("cpu")).items():
         if name != "diffusion" and not lstm:
             pytest.skip("diffusion agrees; this processor has no LSTM in bf16 for the other two")
