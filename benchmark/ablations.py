@@ -393,14 +393,15 @@ def draw(out: Path, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [(g, m) for g, m in PICTURE if any(m in columns([r]) for r in read_results(out, g))]
-    made = {result["variant"] for game in GAMES for result in read_results(out, game)}
+    results = {game: read_results(out, game) for game in GAMES}
+    panels = [(game, measure) for game, measure in PICTURE if any(measure in columns([r]) for r in results[game])]
+    made = {result["variant"] for game in GAMES for result in results[game]}
     names = [name for name in VARIANTS if name in made]
     figure = Figure(figsize=(3.2 + 2.4 * len(panels), 1.2 + 0.28 * len(names)), dpi=100, layout="constrained")
     axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
     for ax, (game, measure) in zip(axes, panels, strict=False):
         values = {name: [] for name in names}
-        for result in read_results(out, game):
+        for result in results[game]:
             if measure in columns([result]):
                 values[result["variant"]].append(columns([result])[measure](result))
         for row, name in enumerate(names):
