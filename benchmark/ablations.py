@@ -11,7 +11,8 @@ Each variant changes one argument or one function of `jedi_atari.py` and nothing
 updates on the same play. What they are changed from has the papers' choices but for its latents, which are centred:
 with plain ones a run as short as these learns too little for any other choice to show. On Catch (tests/toys.py) all
 of JEDI is trained; on a real game encoder, denoiser and reward/termination model alone, on random play. Pong-full-size
-has the full run's networks and learning rates, in bf16 as on a GPU: 20 minutes a run on 2 cores, only if asked for.
+has the full run's networks and learning rates, in bf16 as on a GPU: 20 minutes a run on 2 cores with bf16 units;
+Pong-full-size-longer 2.5 times its updates, 45 minutes. These only if asked for.
 
 Judged by what two latent spaces have in common, on play that was not trained on:
 
@@ -61,6 +62,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # The sizes of the tiny preset with the papers' choices: what the variants are changed from, but for --base.
 BASES = {"centred": dict(latent_norm="center"), "plain": dict(latent_norm="none")}
 COMMON = jedi.PRESETS["tiny"] | dict(reward_noise=0.0, encoder_lr_scale=0.03, decoder=True)
+
+
+def full_size(scale: float) -> dict:
+    """Arguments for Pong at the full run's sizes: its first epoch with `scale` tenths of the updates, then the
+    diffusion updates of the second, which mend the dream once the reward updates have moved the encoder."""
+    return dict(
+        env_id="Pong", precision="bf16", batch_size=16, total_steps=5_100, first_steps_min=5_000, first_steps_max=5_000,
+        final_epochs=0, first_diffusion_updates=round(1_000 * scale), first_reward_updates=round(500 * scale),
+        first_policy_updates=0, diffusion_updates=round(400 * scale), reward_updates=0, policy_updates=0,
+        heldout_steps=1_600, eval_every=100, eval_episodes=2, final_episodes=2, checkpoint_every=1, decoder=True,
+    )  # fmt: skip
+
+
 GAMES = {
     # The policy learns in the second epoch, after the diffusion updates that mend the dream once the reward updates
     # have moved the encoder (docs/log.md, "Catch for certain").
@@ -79,13 +93,8 @@ GAMES = {
         first_diffusion_updates=200, first_reward_updates=200, first_policy_updates=0, heldout_steps=1_600,
         eval_episodes=2, final_episodes=2,
     ),
-    # The first epoch of a full run with a tenth of its updates, and the diffusion updates of the second.
-    "Pong-full-size": dict(
-        env_id="Pong", precision="bf16", batch_size=16, total_steps=5_100, first_steps_min=5_000, first_steps_max=5_000,
-        final_epochs=0, first_diffusion_updates=1_000, first_reward_updates=500, first_policy_updates=0,
-        diffusion_updates=400, reward_updates=0, policy_updates=0, heldout_steps=1_600, eval_every=100,
-        eval_episodes=2, final_episodes=2, checkpoint_every=1, decoder=True,
-    ),
+    "Pong-full-size": full_size(1),
+    "Pong-full-size-longer": full_size(2.5),
 }  # fmt: skip
 
 # What the picture shows, of each game.
