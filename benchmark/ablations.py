@@ -65,8 +65,8 @@ COMMON = jedi.PRESETS["tiny"] | dict(reward_noise=0.0, encoder_lr_scale=0.03, de
 
 
 def full_size(scale: float) -> dict:
-    """Arguments for Pong at the full run's sizes, `scale` times 1,900 updates (its first epoch has 20,000 of the world
-    model). The last 400 mend the dream once the reward updates have moved the encoder."""
+    """Arguments for Pong at the full run's sizes, `scale` times 1,900 updates (a full run's first epoch has 20,000
+    of the world model). Those of the second epoch mend the dream once the reward updates have moved the encoder."""
     return dict(
         env_id="Pong", precision="bf16", batch_size=16, total_steps=5_100, first_steps_min=5_000, first_steps_max=5_000,
         final_epochs=0, first_diffusion_updates=round(1_000 * scale), first_reward_updates=round(500 * scale),

@@ -1,6 +1,7 @@
 """Shared by all tests: the import path, one thread (so that results do not depend on the machine), tiny arguments."""
 
 import dataclasses
+import signal
 import sys
 from pathlib import Path
 
@@ -50,6 +51,15 @@ MICRO = dict(
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_signal_is_ignored():
+    """Under nohup the tests ignore SIGHUP, in a script's background SIGINT; a child inherits that, and a shell cannot
+    trap what was ignored when it began."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 @pytest.fixture

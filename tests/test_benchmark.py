@@ -379,18 +379,6 @@ def test_threads_are_shared_out(here):
     assert "--threads 3 " in log(here / "o", "Pong/seed1") and "ready  3" in log(here / "o", "Pong/seed1")
 
 
-@pytest.fixture(autouse=True)
-def no_signal_is_ignored():
-    """Under nohup the tests ignore SIGHUP, in a script's background SIGINT; a child inherits that, and a shell cannot
-    trap what was ignored when it began."""
-    ignored = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN]
-    for number in ignored:
-        signal.signal(number, signal.SIG_DFL)
-    yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_stops_the_runs_in_order_and_a_second_call_carries_on(number, here):
     arguments, runs = "--games Pong --seeds 0-3 --jobs 2 --out o", ("Pong/seed0", "Pong/seed1")
