@@ -55,7 +55,11 @@ SPEEDS = (0.1, 4.0)
 MOST_TABS = 16
 FILM_FRAMES = 60 * FPS  # the longest recording
 WEB = Path(__file__).resolve().parent / "play_web"
-PAGES = {"index.html": "text/html", "play.js": "text/javascript", "style.css": "text/css"}  # all that is served
+PAGES = {
+    "index.html": "text/html",
+    "play.js": "text/javascript",
+    "style.css": "text/css",
+}  # all that is served
 BAD_INPUT = (jedi_atari.BadInput, jedi_atari_stochastic.BadInput)
 
 
@@ -88,7 +92,9 @@ class Replay:
         part = np.array(self.records[first : index + 1])
         for i, record in enumerate(part, first):
             if zlib.crc32(record.tobytes()[4:]) != record["crc"]:
-                raise jedi_atari.BadInput(f"the replay's record {i} fails its checksum: replay.bin was altered")
+                raise jedi_atari.BadInput(
+                    f"the replay's record {i} fails its checksum: replay.bin was altered"
+                )
         return part["frame"], part["action"][:-1].tolist(), index
 
 
@@ -143,12 +149,16 @@ def load_model(run_dir: Path, device: str = "auto", env_id: str = "") -> Model:
     """Read a run folder; writes nothing. Raises `BadInput` if it holds no checkpoint, or another game than `env_id`."""
     script = script_of(run_dir)
     if not (run_dir / "checkpoint.pt").is_file():
-        raise script.BadInput(f"{run_dir} holds no checkpoint.pt; give the folder of a run that has saved one")
+        raise script.BadInput(
+            f"{run_dir} holds no checkpoint.pt; give the folder of a run that has saved one"
+        )
     # A person plays longer than a run that is cut short to save time.
     args = dataclasses.replace(script.load_args(run_dir), max_episode_steps=27_000, compile=False)
     gym_id, game = script.resolve_env_id(args.env_id)
     if env_id and script.resolve_env_id(env_id)[0] != gym_id:
-        raise script.BadInput(f"{run_dir} is a run of {args.env_id}, not of {env_id}; drop --env-id {env_id}")
+        raise script.BadInput(
+            f"{run_dir} is a run of {args.env_id}, not of {env_id}; drop --env-id {env_id}"
+        )
     where = script.choose_device(device)
     saved = script.load_checkpoint(run_dir, where)
     env = script.make_env(args)
@@ -220,10 +230,17 @@ class Scene:
 
     def __init__(self, model: Model):
         self.model = model
-        self.frame: np.ndarray | None = None  # what there is to see; None in a dream without decoder
+        self.frame: np.ndarray | None = (
+            None  # what there is to see; None in a dream without decoder
+        )
         self.steps, self.score, self.reward = 0, 0.0, 0.0
-        self.end = self.over = False  # end: a life lost or the game; over: there is nothing more to play
-        self.reward_probs, self.end_prob = [0.0, 1.0, 0.0], 0.0  # what R_psi expected of the last step
+        self.end = self.over = (
+            False  # end: a life lost or the game; over: there is nothing more to play
+        )
+        self.reward_probs, self.end_prob = (
+            [0.0, 1.0, 0.0],
+            0.0,
+        )  # what R_psi expected of the last step
 
     @torch.inference_mode()
     def begin(self, frames: np.ndarray, taken: list[int]) -> None:
@@ -248,7 +265,9 @@ class Scene:
 
     def look(self) -> None:
         """Let the actor-critic see the newest latent: the action probabilities, and the value."""
-        logits, values, self.policy_state = self.model.agent.policy(self.latents[-1][:, None], self.policy_state)
+        logits, values, self.policy_state = self.model.agent.policy(
+            self.latents[-1][:, None], self.policy_state
+        )
         self.logits, self.value = logits[:, 0] / self.model.args.temperature, values.item()
         self.action_probs = self.logits.softmax(-1)[0].tolist()
 
@@ -288,7 +307,10 @@ class RealGame(Scene):
     def step(self, action: int, _sample_steps: int) -> None:
         """Play one action."""
         self.frame, self.reward, terminated, truncated, info = self.env.step(action)
-        self.follow(self.model.agent.encode(torch.from_numpy(self.frame)[None].to(self.model.device)), action)
+        self.follow(
+            self.model.agent.encode(torch.from_numpy(self.frame)[None].to(self.model.device)),
+            action,
+        )
         self.score += self.reward
         self.end, stop = self.model.script.replay_end(terminated, truncated, info)
         self.over = terminated or truncated
@@ -309,7 +331,15 @@ class Dream(Scene):
 
     def take_over(self, scene: Scene) -> None:
         """Start where another scene stands."""
-        for name in ("latents", "taken", "policy_state", "reward_state", "logits", "value", "action_probs"):
+        for name in (
+            "latents",
+            "taken",
+            "policy_state",
+            "reward_state",
+            "logits",
+            "value",
+            "action_probs",
+        ):
             setattr(self, name, getattr(scene, name))
         self.show()
 
@@ -356,14 +386,18 @@ class DreamEnv(gym.Env):
     ):
         self.model = run if isinstance(run, Model) else load_model(Path(run), device)
         if self.model.decoder is None:
-            raise self.model.script.BadInput("this run has no decoder, so its dreams have no pictures to observe")
+            raise self.model.script.BadInput(
+                "this run has no decoder, so its dreams have no pictures to observe"
+            )
         self.max_steps, self.render_mode = max_steps, render_mode
         self.sample_steps = sample_steps or self.model.args.sample_steps
         self.observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.action_space = gym.spaces.Discrete(len(self.model.meanings))
         self.dream: Dream | None = None
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[np.ndarray, dict]:
         """Start a dream."""
         super().reset(seed=seed)
         drawn = int(self.np_random.integers(len(self.model.replay)))
@@ -382,7 +416,11 @@ class DreamEnv(gym.Env):
         with self.chance.drawn():
             self.dream.step(int(action), self.sample_steps)
         truncated = not self.dream.over and self.dream.steps >= self.max_steps
-        info = {"reward_probs": self.dream.reward_probs, "end_prob": self.dream.end_prob, "value": self.dream.value}
+        info = {
+            "reward_probs": self.dream.reward_probs,
+            "end_prob": self.dream.end_prob,
+            "value": self.dream.value,
+        }
         return self.dream.frame, self.dream.reward, self.dream.over, truncated, info
 
     def render(self) -> np.ndarray | None:
@@ -390,7 +428,9 @@ class DreamEnv(gym.Env):
         return self.dream.frame if self.render_mode and self.dream else None
 
 
-gym.register("JediDream-v0", entry_point="play:DreamEnv")  # gymnasium.make("play:JediDream-v0", run="runs/...")
+gym.register(
+    "JediDream-v0", entry_point="play:DreamEnv"
+)  # gymnasium.make("play:JediDream-v0", run="runs/...")
 
 
 # ======================================================================================================================
@@ -405,7 +445,9 @@ def keys_of(meaning: str) -> frozenset[str]:
     return frozenset(key for key in KEYS if key.upper() in meaning)
 
 
-def choose_action(meanings: tuple[str, ...], held: frozenset[str], fresh: frozenset[str] = frozenset()) -> int:
+def choose_action(
+    meanings: tuple[str, ...], held: frozenset[str], fresh: frozenset[str] = frozenset()
+) -> int:
     """The action that fits the held keys best: most of them, least beside them; then what was pressed just now
     (`fresh`), so that a tap on fire counts while an arrow is held; then a direction rather than fire."""
     offered = [keys_of(meaning) for meaning in meanings]
@@ -450,11 +492,15 @@ class Session:
         self.paused, self.speed = False, 1.0
         self.sample_steps = min(model.args.sample_steps, MOST_SAMPLE_STEPS)
         self.held: frozenset[str] = frozenset()  # keys that are down
-        self.fresh: frozenset[str] = frozenset()  # keys pressed since the last step, even if they are up again
+        self.fresh: frozenset[str] = (
+            frozenset()
+        )  # keys pressed since the last step, even if they are up again
         self.number: int | None = None  # an action chosen by its number
         self.fresh_number: int | None = None  # one chosen since the last step
         self.action: int | None = None  # the last one
-        self.start: int | None = None  # frame of the replay that the dream began with; None: the real game
+        self.start: int | None = (
+            None  # frame of the replay that the dream began with; None: the real game
+        )
         self.rest = 0  # ticks since the end
         self.recording: list[Shot] | None = None
         self.film: list[Shot] | None = None  # a finished recording that nobody has fetched
@@ -466,7 +512,10 @@ class Session:
 
     def hold(self, value: dict) -> None:
         """Keys went down or up: {"keys": those that are down, "action": number or None}."""
-        keys, number = frozenset(value["keys"]), None if value["action"] is None else int(value["action"])
+        keys, number = (
+            frozenset(value["keys"]),
+            None if value["action"] is None else int(value["action"]),
+        )
         if not keys <= set(KEYS) or number not in (None, *range(len(self.model.meanings))):
             raise BadCommand("there is no such key")
         self.fresh |= keys - self.held
@@ -505,7 +554,9 @@ class Session:
         self.advance()
 
     def do_speed(self, value: float) -> None:
-        self.speed = min(max(SPEEDS[0], float(value)), SPEEDS[1])  # in this order nan turns into the slowest
+        self.speed = min(
+            max(SPEEDS[0], float(value)), SPEEDS[1]
+        )  # in this order nan turns into the slowest
 
     def do_sampling(self, value: int) -> None:
         self.sample_steps = min(max(int(value), 1), MOST_SAMPLE_STEPS)
@@ -651,7 +702,9 @@ def number(x: float) -> float | None:
 
 def latent_picture(latents: np.ndarray) -> np.ndarray:
     """(16, 8, 8) int8 -> (64, 64, 3): 4 x 4 tiles of double size; blue below zero, white at it, orange above."""
-    tiles = latents.reshape(4, 4, 8, 8).transpose(0, 2, 1, 3).reshape(32, 32).repeat(2, 0).repeat(2, 1)
+    tiles = (
+        latents.reshape(4, 4, 8, 8).transpose(0, 2, 1, 3).reshape(32, 32).repeat(2, 0).repeat(2, 1)
+    )
     strength = np.abs(tiles.astype(np.float32))[..., None] / 127
     colour = np.where(tiles[..., None] < 0, np.array([0, 83, 138]), np.array([200, 80, 0]))
     return (255 + strength * (colour - 255)).round().astype(np.uint8)
@@ -665,8 +718,13 @@ def make_gif(film: list[Shot]) -> bytes:
 
     def draw(shot: Shot) -> Image.Image:
         sheet = Image.new("RGB", (size, size + head), "white")
-        sheet.paste(Image.fromarray(shot.picture).resize((size, size), Image.Resampling.NEAREST), (0, head))
-        pen, (_, colour) = ImageDraw.Draw(sheet), jedi_atari.event(int(np.sign(shot.reward)), shot.end)
+        sheet.paste(
+            Image.fromarray(shot.picture).resize((size, size), Image.Resampling.NEAREST), (0, head)
+        )
+        pen, (_, colour) = (
+            ImageDraw.Draw(sheet),
+            jedi_atari.event(int(np.sign(shot.reward)), shot.end),
+        )
         events = [f"{shot.reward:+g}"] * bool(shot.reward) + ["end"] * shot.end
         pen.text((4, 6), shot.text, "black", font_size=15)
         pen.text((size - 4, 5), ", ".join(events), colour, font_size=16, anchor="ra")
@@ -740,8 +798,16 @@ class Tab:
             await self.ws.close()  # the page is gone
         except Exception as error:
             known = isinstance(error, BAD_INPUT)
-            print(f"play.py: error: {error}" if known else traceback.format_exc(), file=sys.stderr, flush=True)
-            text = str(error) if known else f"{type(error).__name__}; the terminal of play.py says more"
+            print(
+                f"play.py: error: {error}" if known else traceback.format_exc(),
+                file=sys.stderr,
+                flush=True,
+            )
+            text = (
+                str(error)
+                if known
+                else f"{type(error).__name__}; the terminal of play.py says more"
+            )
             with contextlib.suppress(ConnectionError, aiohttp.ClientError):
                 await self.ws.send_bytes(pack("error", {"text": text}))
             await self.ws.close()
@@ -775,18 +841,36 @@ class Tab:
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                 if isinstance(error, BAD_INPUT):
                     raise
-                self.outbox.put(pack("error", {"text": "the page sent a command that makes no sense"}), letter=True)
+                self.outbox.put(
+                    pack("error", {"text": "the page sent a command that makes no sense"}),
+                    letter=True,
+                )
 
     async def obey(self, command: dict) -> None:
         """One command: {"do": its name, "value": ...}."""
-        session, work, name, value = self.session, self.server.work, command["do"], command.get("value")
+        session, work, name, value = (
+            self.session,
+            self.server.work,
+            command["do"],
+            command.get("value"),
+        )
         if name == "hold":
             await work(session.hold, value)
             return
         if name == "preview":
             self.outbox.put(await work(session.preview, value), letter=True)
             return
-        if name not in ("mode", "player", "pause", "step", "speed", "sampling", "restart", "dream_from", "record"):
+        if name not in (
+            "mode",
+            "player",
+            "pause",
+            "step",
+            "speed",
+            "sampling",
+            "restart",
+            "dream_from",
+            "record",
+        ):
             raise BadCommand("there is no such command")
         await work(getattr(session, f"do_{name}"), value)
         self.outbox.put(await work(session.view))
@@ -811,7 +895,9 @@ class Server:
     """Serves the page and plays with each open tab. One worker thread runs the networks and emulators of them all, a
     step at a time in the order in which they ask, so that the event loop is always free."""
 
-    def __init__(self, model: Model, token: str, host: str = "127.0.0.1", threads: int = 0, seed: int = 0):
+    def __init__(
+        self, model: Model, token: str, host: str = "127.0.0.1", threads: int = 0, seed: int = 0
+    ):
         self.model, self.token, self.host = model, token, host
         self.seeds = itertools.count(seed)
         self.tabs: set[Tab] = set()
@@ -842,7 +928,10 @@ class Server:
         """Refuse whoever has no token, and whoever came by a name that is not this machine's: a page elsewhere could
         have its own name point here."""
         token = request.match_info.get("token", "")
-        if not (own_host(request.host, self.host) and secrets.compare_digest(token.encode(), self.token.encode())):
+        if not (
+            own_host(request.host, self.host)
+            and secrets.compare_digest(token.encode(), self.token.encode())
+        ):
             raise web.HTTPForbidden(text="403: open the address that play.py printed, all of it")
         return await handler(request)
 
@@ -861,11 +950,19 @@ class Server:
             "Referrer-Policy": "no-referrer",  # the address holds the token
             "Cache-Control": "no-store",
         }
-        return web.Response(body=(WEB / name).read_bytes(), content_type=PAGES[name], charset="utf-8", headers=headers)
+        return web.Response(
+            body=(WEB / name).read_bytes(),
+            content_type=PAGES[name],
+            charset="utf-8",
+            headers=headers,
+        )
 
     async def socket(self, request: web.Request) -> web.WebSocketResponse:
         """The life of a tab. Browsers name the page that opens a socket; another one's is refused."""
-        if request.headers.get("Origin") not in (f"http://{request.host}", f"https://{request.host}"):
+        if request.headers.get("Origin") not in (
+            f"http://{request.host}",
+            f"https://{request.host}",
+        ):
             raise web.HTTPForbidden(text="403: this socket is for the page of play.py")
         if len(self.tabs) >= MOST_TABS:
             raise web.HTTPServiceUnavailable(text=f"503: {MOST_TABS} tabs are open already")
@@ -881,7 +978,9 @@ class Server:
 
     async def close_tabs(self, _app: web.Application) -> None:
         going_away = aiohttp.WSCloseCode.GOING_AWAY
-        await asyncio.gather(*(tab.ws.close(code=going_away) for tab in self.tabs), return_exceptions=True)
+        await asyncio.gather(
+            *(tab.ws.close(code=going_away) for tab in self.tabs), return_exceptions=True
+        )
 
     async def stop_worker(self, _app: web.Application) -> None:
         self.worker.shutdown(wait=False, cancel_futures=True)
@@ -890,7 +989,9 @@ class Server:
 def own_host(header: str, listening: str) -> bool:
     """Whether a Host header names this machine: by a number, as localhost, by the name it was told to listen on, or,
     if it is open to others, by its own name. The port is free: ssh may have moved it."""
-    names = {"localhost", listening.lower()} | (set() if is_loopback(listening) else {socket.gethostname().lower()})
+    names = {"localhost", listening.lower()} | (
+        set() if is_loopback(listening) else {socket.gethostname().lower()}
+    )
     try:
         name = urlsplit(f"//{header}").hostname or ""
     except ValueError:  # no address at all
@@ -914,7 +1015,9 @@ def listen(host: str, port: int, tries: int = 20) -> socket.socket:
             return socket.create_server((host, candidate), family=family)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
-                raise jedi_atari.BadInput(f"cannot listen on {host} port {candidate}: {error.strerror}") from None
+                raise jedi_atari.BadInput(
+                    f"cannot listen on {host} port {candidate}: {error.strerror}"
+                ) from None
             print(f"port {candidate} is taken, trying the next")
     raise jedi_atari.BadInput(f"ports {port} to {candidate} are all taken; choose another --port")
 
@@ -929,7 +1032,9 @@ async def serve(model: Model, options: argparse.Namespace) -> None:
     await web.SockSite(runner, sock).start()
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C raises KeyboardInterrupt instead
+        with contextlib.suppress(
+            NotImplementedError
+        ):  # Windows: Ctrl-C raises KeyboardInterrupt instead
             loop.add_signal_handler(signum, stop.set)
     announce(model, server, port)
     try:
@@ -941,7 +1046,9 @@ async def serve(model: Model, options: argparse.Namespace) -> None:
 def announce(model: Model, server: Server, port: int) -> None:
     """Say what there is to play and where."""
     replay = f"{len(model.replay):,} frames " + (
-        "of its play" if model.replay.recorded else "of random play, made just now: the run kept none"
+        "of its play"
+        if model.replay.recorded
+        else "of random play, made just now: the run kept none"
     )
     pictures = "with pictures" if model.decoder else "latents only: the run has no decoder"
     print(f"game     {model.game}, after {model.steps:,} steps of training play")
@@ -954,7 +1061,9 @@ def announce(model: Model, server: Server, port: int) -> None:
         tunnel = f"ssh -L {port}:{name}:{port} {socket.gethostname()}"
         print(f"         from another machine: {tunnel}, then the same address there")
     else:
-        print("         whoever can reach this machine and sees the address can play too; it is not encrypted")
+        print(
+            "         whoever can reach this machine and sees the address can play too; it is not encrypted"
+        )
     print("Ctrl-C ends it", flush=True)
 
 
@@ -973,18 +1082,31 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str]) -> argparse.Namespace:
     """Raises `BadInput`."""
     parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("run_dir", type=Path, help="folder of a run of jedi_atari.py or jedi_atari_stochastic.py")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network")
+    parser.add_argument(
+        "run_dir", type=Path, help="folder of a run of jedi_atari.py or jedi_atari_stochastic.py"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 opens it to the network"
+    )
     parser.add_argument("--port", type=int, default=8000, help="if it is taken, the next free one")
     parser.add_argument("--env-id", default="", help="the game that the run must be of")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of PyTorch; 0: all cores")
-    parser.add_argument("--seed", type=int, default=0, help="of the first tab's game and dreams; the next has the next")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads of PyTorch; 0: all cores"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first tab's game and dreams; the next has the next",
+    )
     options = parser.parse_args(argv)
     for name, low, high in (("port", 0, 65_535), ("threads", 0, 1_024), ("seed", 0, 2**31 - 1)):
         value = getattr(options, name)
         if not low <= value <= high:
-            raise jedi_atari.BadInput(f"--{name} is {value}; it must be at least {low} and at most {high}")
+            raise jedi_atari.BadInput(
+                f"--{name} is {value}; it must be at least {low} and at most {high}"
+            )
     return options
 
 

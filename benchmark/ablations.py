@@ -200,7 +200,9 @@ def regression():
         z = agent.norm(latents) * batch.mask[..., None, None, None]
         context, losses = list(z[:, :n].unbind(1)), []
         for i in range(args.target_frames):
-            guess = predict(agent, torch.stack(context[-n:], dim=1), batch.actions[:, i : i + n], args)
+            guess = predict(
+                agent, torch.stack(context[-n:], dim=1), batch.actions[:, i : i + n], args
+            )
             losses.append((guess - z[:, n + i].detach()).square().mean((1, 2, 3)))
             switch = torch.rand((), device=z.device) < args.switch_prob
             context.append(torch.where(switch, guess.detach(), z[:, n + i]))
@@ -240,7 +242,9 @@ VARIANTS: dict[str, Variant] = {
     "no group norm before the reward LSTM": Variant(change=unnormalised_rewards),
     "encoder 10 times as fast": Variant({"encoder_lr_scale": 0.3}),
     "sampler starts at sigma_max 5": Variant({"sample_start": "sigma_max"}),
-    "sampler starts at sigma_max 20": Variant({"sample_start": "sigma_max", "sample_sigma_max": 20.0}),
+    "sampler starts at sigma_max 20": Variant(
+        {"sample_start": "sigma_max", "sample_sigma_max": 20.0}
+    ),
 }
 
 
@@ -297,7 +301,9 @@ def measure(args: jedi.Args, saved: dict) -> dict:
     n, ahead = args.context_frames, 3
     windows = heldout.all_windows(n + ahead, stride=1, count=256)
     z = agent.encode(windows.frames)
-    imagined = jedi.open_loop(agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args)
+    imagined = jedi.open_loop(
+        agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args
+    )
     found = {"pixels": pixel_ratios(decoder, imagined, windows.frames[:, n - 1 :])}
     found["end"] = {k: end_probability(agent, z, windows, k, args) for k in (0, ahead)}
     if args.env_id != "Pong":
@@ -305,17 +311,26 @@ def measure(args: jedi.Args, saved: dict) -> dict:
     return found
 
 
-def pixel_ratios(decoder: jedi.Decoder, imagined: torch.Tensor, frames: torch.Tensor) -> dict[int, float]:
+def pixel_ratios(
+    decoder: jedi.Decoder, imagined: torch.Tensor, frames: torch.Tensor
+) -> dict[int, float]:
     """Squared error of decoded pictures over that of the last real frame (frames[:, 0]), where the picture changes."""
     ratios, last = {}, frames[:, 0].float()
     for k in range(1, frames.shape[1]):
-        shown, real = torch.from_numpy(decoder.pictures(imagined[:, k - 1])).float(), frames[:, k].float()
+        shown, real = (
+            torch.from_numpy(decoder.pictures(imagined[:, k - 1])).float(),
+            frames[:, k].float(),
+        )
         changes = (real - last).abs().amax(-1, keepdim=True) > 10
-        ratios[k] = (((shown - real).square() * changes).sum() / ((last - real).square() * changes).sum()).item()
+        ratios[k] = (
+            ((shown - real).square() * changes).sum() / ((last - real).square() * changes).sum()
+        ).item()
     return ratios
 
 
-def end_probability(agent: jedi.Agent, z: torch.Tensor, windows: jedi.Windows, k: int, args: jedi.Args) -> float | None:
+def end_probability(
+    agent: jedi.Agent, z: torch.Tensor, windows: jedi.Windows, k: int, args: jedi.Args
+) -> float | None:
     """Probability of the truth about the last step, end of the game or not, when the last k latents are imagined.
 
     Ends count as much as all other steps together, so that a model which never says "end" gets a half. None where no
@@ -333,7 +348,9 @@ def end_probability(agent: jedi.Agent, z: torch.Tensor, windows: jedi.Windows, k
 
 
 @torch.enable_grad()
-def position(agent: jedi.Agent, heldout: jedi.ReplayBuffer, imagined: torch.Tensor, frames: torch.Tensor) -> float:
+def position(
+    agent: jedi.Agent, heldout: jedi.ReplayBuffer, imagined: torch.Tensor, frames: torch.Tensor
+) -> float:
     """Share of imagined latents off which a linear probe of true latents reads the ball's place."""
     from drift import ball_columns, train_probe
 
@@ -350,7 +367,9 @@ def run_to_file(path: Path, *one) -> str:
     """One run, kept in `path`; returns what to say of it."""
     found = run(*one)
     jedi.write_json(path, found)
-    return f"{found['game']}, {found['variant']}, seed {found['seed']}: {jedi.clock(found['seconds'])}"
+    return (
+        f"{found['game']}, {found['variant']}, seed {found['seed']}: {jedi.clock(found['seconds'])}"
+    )
 
 
 def run_all(todo: list[tuple], jobs: int) -> None:
@@ -379,7 +398,9 @@ def read_results(out: Path, game: str) -> list[dict]:
 
 def columns(results: list[dict]) -> dict[str, Callable]:
     """What the table shows of a result, by heading: all that was measured on this game."""
-    found: dict[str, Callable] = {f"reward {k}": lambda r, k=k: r["reward"][str(k)] for k in (0, 1, 3, 5)}
+    found: dict[str, Callable] = {
+        f"reward {k}": lambda r, k=k: r["reward"][str(k)] for k in (0, 1, 3, 5)
+    }
     found |= {"false alarms": lambda r: r["false_alarms"]}
     found |= {f"end {k}": lambda r, k=k: r["end"][str(k)] for k in (0, 3)}
     found |= {f"pixels {k}": lambda r, k=k: r["pixels"][str(k)] for k in (1, 3)}
@@ -400,7 +421,9 @@ def table(out: Path, game: str) -> str:
         cells = []
         for read in shown.values():
             values = [value for value in map(read, of_name) if value is not None]
-            cells.append(", ".join(f"{v:.2f}" if abs(v) < 10 else f"{v:.0f}" for v in values) or "no data")
+            cells.append(
+                ", ".join(f"{v:.2f}" if abs(v) < 10 else f"{v:.0f}" for v in values) or "no data"
+            )
         lines.append(f"| {name} | {len(of_name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -412,10 +435,16 @@ def draw(out: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     results = {game: read_results(out, game) for game in GAMES}
-    panels = [(game, measure) for game, measure in PICTURE if any(measure in columns([r]) for r in results[game])]
+    panels = [
+        (game, measure)
+        for game, measure in PICTURE
+        if any(measure in columns([r]) for r in results[game])
+    ]
     made = {result["variant"] for game in GAMES for result in results[game]}
     names = [name for name in VARIANTS if name in made]
-    figure = Figure(figsize=(3.2 + 2.4 * len(panels), 1.2 + 0.28 * len(names)), dpi=100, layout="constrained")
+    figure = Figure(
+        figsize=(3.2 + 2.4 * len(panels), 1.2 + 0.28 * len(names)), dpi=100, layout="constrained"
+    )
     axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
     for ax, (game, measure) in zip(axes, panels, strict=False):
         values = {name: [] for name in names}
@@ -435,15 +464,27 @@ def draw(out: Path, path: Path) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--games", nargs="+", choices=list(GAMES), default=["Catch", "Pong"])
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
-    parser.add_argument("--base", choices=list(BASES), default="centred", help="latents of what is changed")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT"
+    )
+    parser.add_argument(
+        "--base", choices=list(BASES), default="centred", help="latents of what is changed"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run; 0: the cores over --jobs")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads of a run; 0: the cores over --jobs"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "ablations")
-    parser.add_argument("--table", action="store_true", help="make table and picture of what is in --out, run nothing")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="make table and picture of what is in --out, run nothing",
+    )
     options = parser.parse_args(argv)
     if options.jobs < 1 or options.threads < 0:
         parser.error("--jobs must be at least 1, --threads at least 0")

@@ -89,7 +89,9 @@ def read_random(folder: Path, result: dict) -> dict:
         raise jedi.BadInput(f"{path} is missing; make it with: {command}")
     chance = json.loads(path.read_text())
     if chance["max_episode_steps"] != result["args"]["max_episode_steps"]:
-        raise jedi.BadInput(f"{path} cuts games at another length than the runs; make it anew with: {command}")
+        raise jedi.BadInput(
+            f"{path} cuts games at another length than the runs; make it anew with: {command}"
+        )
     return chance
 
 
@@ -102,7 +104,15 @@ def with_interval(returns: list[float]) -> str:
 def table(runs: list[tuple[Path, dict]], chance: dict[str, dict]) -> str:
     """One row a run, as Markdown."""
     rows = [
-        ["game", "seed", "random play, 95% interval", "trained, 95% interval", "games", "better for certain", "steps"]
+        [
+            "game",
+            "seed",
+            "random play, 95% interval",
+            "trained, 95% interval",
+            "games",
+            "better for certain",
+            "steps",
+        ]
         + ["rewards recognised", "time", "memory"],
         ["---", "---:", "---:", "---:", "---:", "---", "---:", "---:", "---:", "---:"],
     ]
@@ -126,14 +136,22 @@ def table(runs: list[tuple[Path, dict]], chance: dict[str, dict]) -> str:
 
 
 HEALTH = (  # what health.md shows: heading, keys of metrics.jsonl, format
-    ("updates: diffusion, reward, policy", [f"charts/{name}_updates" for name in jedi.PARTS], ",.0f"),
+    (
+        "updates: diffusion, reward, policy",
+        [f"charts/{name}_updates" for name in jedi.PARTS],
+        ",.0f",
+    ),
     ("latents: standard deviation", ["wm/latent_std"], ".2f"),
     ("effective rank", ["wm/latent_effective_rank"], ".0f"),
     ("saturated", ["wm/latent_saturation"], ".1%"),
     ("open loop 1, 5, 15", [f"wm/open_loop_ratio_{k}" for k in (1, 5, 15)], ".2f"),
     ("rewards recognised", ["wm/reward_recall"], ".0%"),
     ("false alarms", ["wm/reward_false_alarms"], ".0%"),
-    ("reward seen 0, 1, 3, 5 steps into a dream", [f"wm/reward_prob_{k}" for k in (0, 1, 3, 5)], ".2f"),
+    (
+        "reward seen 0, 1, 3, 5 steps into a dream",
+        [f"wm/reward_prob_{k}" for k in (0, 1, 3, 5)],
+        ".2f",
+    ),
 )
 
 
@@ -147,10 +165,14 @@ def health_table(runs: list[tuple[Path, dict]]) -> str:
         lines = read_metrics(folder)
         tested = [line for line in lines if "wm/latent_std" in line]
         for line in tested:
-            known = {id(tested[0]): dict.fromkeys(jedi.PARTS, 0), id(tested[-1]): result["updates"]}.get(id(line), {})
+            known = {
+                id(tested[0]): dict.fromkeys(jedi.PARTS, 0),
+                id(tested[-1]): result["updates"],
+            }.get(id(line), {})
             line = {f"charts/{name}_updates": count for name, count in known.items()} | line
             cells = [
-                ", ".join(format(line[k], form) if k in line else "no data" for k in keys) for _, keys, form in HEALTH
+                ", ".join(format(line[k], form) if k in line else "no data" for k in keys)
+                for _, keys, form in HEALTH
             ]
             rows.append([result["env_id"], str(result["seed"]), *cells])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
@@ -171,21 +193,36 @@ def draw(runs: list[tuple[Path, dict]], chance: dict[str, dict], path: Path) -> 
     for ax, game in zip(panels, games, strict=True):
         low, high = interval(chance[game]["returns"])
         ax.axhspan(low, high, color="0.8", label="random play, 95% interval")
-        for colour, (folder, result) in zip(colours, (run for run in runs if run[1]["env_id"] == game), strict=False):
+        for colour, (folder, result) in zip(
+            colours, (run for run in runs if run[1]["env_id"] == game), strict=False
+        ):
             lines = read_metrics(folder)
             point = lambda x, key: (x.get("charts/policy_updates", 0), x[key])  # noqa: E731
-            played = [point(x, "charts/episodic_return") for x in lines if "charts/episodic_return" in x]
+            played = [
+                point(x, "charts/episodic_return") for x in lines if "charts/episodic_return" in x
+            ]
             tested = [point(x, "eval/mean_return") for x in lines if "eval/mean_return" in x]
             ax.plot(*zip(*played, strict=True), color=colour, alpha=0.35, linewidth=1)
-            ax.plot(*zip(*tested, strict=True), color=colour, marker="o", label=f"seed {result['seed']}")
+            ax.plot(
+                *zip(*tested, strict=True), color=colour, marker="o", label=f"seed {result['seed']}"
+            )
             low, high = interval(result["returns"])
             mean, updates = result["mean_return"], result["updates"]["policy"]
-            ax.errorbar(updates, mean, [[mean - low], [high - mean]], color=colour, marker="s", markersize=8, capsize=5)
+            ax.errorbar(
+                updates,
+                mean,
+                [[mean - low], [high - mean]],
+                color=colour,
+                marker="s",
+                markersize=8,
+                capsize=5,
+            )
         ax.set(title=game, xlabel="updates of the policy", ylabel="return of a game")
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize=9)
     figure.suptitle(
-        "thin: games of training; circles: evaluations; square: 100 games at the end, 95% interval", fontsize=10
+        "thin: games of training; circles: evaluations; square: 100 games at the end, 95% interval",
+        fontsize=10,
     )
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -193,14 +230,24 @@ def draw(runs: list[tuple[Path, dict]], chance: dict[str, dict], path: Path) -> 
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", type=Path, nargs="?", help="folder of finished runs")
-    parser.add_argument("--random", metavar="GAMES", help="play these games at random instead, separated by commas")
-    parser.add_argument("--preset", choices=list(jedi.PRESETS), default="small", help="whose cut of long games")
+    parser.add_argument(
+        "--random", metavar="GAMES", help="play these games at random instead, separated by commas"
+    )
+    parser.add_argument(
+        "--preset", choices=list(jedi.PRESETS), default="small", help="whose cut of long games"
+    )
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("results/random"), help="where random play is written")
-    parser.add_argument("--random-play", type=Path, default=Path("results/random"), help="where it is read")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/random"), help="where random play is written"
+    )
+    parser.add_argument(
+        "--random-play", type=Path, default=Path("results/random"), help="where it is read"
+    )
     return parser.parse_args(argv)
 
 
@@ -211,7 +258,9 @@ def play(options: argparse.Namespace) -> None:
         raise jedi.BadInput(f"--episodes is {options.episodes}; it must be at least 2")
     options.out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        settings = jedi.PRESETS[options.preset] | dict(env_id=name, preset=options.preset, seed=options.seed)
+        settings = jedi.PRESETS[options.preset] | dict(
+            env_id=name, preset=options.preset, seed=options.seed
+        )
         result = random_play(jedi.Args(**settings), options.episodes)
         jedi.write_json(options.out / f"{name}.json", result)
         print(f"{name}: {with_interval(result['returns'])} over {options.episodes} games")

@@ -24,7 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jedi_atari as jedi
 
 CHANNELS, SIZE = 3, jedi.IMAGE_SIZE
-DENOISER_WIDTH, DENOISER_COND, REWARD_WIDTH, REWARD_COND, LSTM_SIZE, LEVELS, BLOCKS = 64, 256, 32, 128, 512, 4, 2
+DENOISER_WIDTH, DENOISER_COND, REWARD_WIDTH, REWARD_COND, LSTM_SIZE, LEVELS, BLOCKS = (
+    64,
+    256,
+    32,
+    128,
+    512,
+    4,
+    2,
+)
 POLICY_WIDTHS = (32, 32, 64, 64)
 
 
@@ -66,13 +74,17 @@ class UNet(nn.Module):
     def __init__(self, width: int, cond_dim: int):
         super().__init__()
         self.down = nn.ModuleList(
-            nn.ModuleList(jedi.ResBlock(width, width, cond_dim) for _ in range(BLOCKS)) for _ in range(LEVELS)
+            nn.ModuleList(jedi.ResBlock(width, width, cond_dim) for _ in range(BLOCKS))
+            for _ in range(LEVELS)
         )
         self.shrink = nn.ModuleList(Downsample(width) for _ in range(LEVELS - 1))
-        self.middle = nn.ModuleList(jedi.ResBlock(width, width, cond_dim, attention=True) for _ in range(2))
+        self.middle = nn.ModuleList(
+            jedi.ResBlock(width, width, cond_dim, attention=True) for _ in range(2)
+        )
         self.grow = nn.ModuleList(Upsample(width) for _ in range(LEVELS - 1))
         self.up = nn.ModuleList(
-            nn.ModuleList(jedi.ResBlock(2 * width, width, cond_dim) for _ in range(BLOCKS + 1)) for _ in range(LEVELS)
+            nn.ModuleList(jedi.ResBlock(2 * width, width, cond_dim) for _ in range(BLOCKS + 1))
+            for _ in range(LEVELS)
         )
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -103,7 +115,9 @@ class PixelDenoiser(nn.Module):
         width, cond_dim = DENOISER_WIDTH, DENOISER_COND
         self.register_buffer("fourier", torch.randn(cond_dim // 2))
         self.action_embedding = nn.Embedding(num_actions, cond_dim // context_frames)
-        self.cond = nn.Sequential(nn.Linear(cond_dim, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim))
+        self.cond = nn.Sequential(
+            nn.Linear(cond_dim, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim)
+        )
         self.conv_in = jedi.conv3x3((context_frames + 1) * CHANNELS, width)
         self.unet = UNet(width, cond_dim)
         self.norm_out = nn.GroupNorm(jedi.group_norm_groups(width), width)
@@ -112,7 +126,9 @@ class PixelDenoiser(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor, context: Tensor, actions: Tensor) -> Tensor:
         """x (B, 3, 64, 64) scaled by c_in, c_noise (B,), context (B, N, 3, 64, 64), actions (B, N) -> like x."""
         angle = 2 * math.pi * c_noise[:, None] * self.fourier
-        cond = self.cond(torch.cat([angle.cos(), angle.sin()], dim=1) + self.action_embedding(actions).flatten(1))
+        cond = self.cond(
+            torch.cat([angle.cos(), angle.sin()], dim=1) + self.action_embedding(actions).flatten(1)
+        )
         return jedi.in_chunks(self.layers, torch.cat([context.flatten(1, 2), x], dim=1), cond)
 
     def layers(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -131,12 +147,17 @@ class PixelReward(nn.Module):
         self.action_embedding = nn.Embedding(num_actions, REWARD_COND)
         self.conv_in = jedi.conv3x3(2 * CHANNELS, width)
         self.levels = nn.ModuleList(
-            nn.ModuleList(jedi.ResBlock(width, width, REWARD_COND) for _ in range(BLOCKS)) for _ in range(LEVELS)
+            nn.ModuleList(jedi.ResBlock(width, width, REWARD_COND) for _ in range(BLOCKS))
+            for _ in range(LEVELS)
         )
         self.shrink = nn.ModuleList(Downsample(width) for _ in range(LEVELS - 1))
-        self.middle = nn.ModuleList(jedi.ResBlock(width, width, REWARD_COND, attention=True) for _ in range(2))
+        self.middle = nn.ModuleList(
+            jedi.ResBlock(width, width, REWARD_COND, attention=True) for _ in range(2)
+        )
         self.lstm = nn.LSTM(width * (SIZE >> (LEVELS - 1)) ** 2, LSTM_SIZE, batch_first=True)
-        self.head = nn.Sequential(nn.Linear(LSTM_SIZE, LSTM_SIZE), nn.SiLU(), nn.Linear(LSTM_SIZE, 5, bias=False))
+        self.head = nn.Sequential(
+            nn.Linear(LSTM_SIZE, LSTM_SIZE), nn.SiLU(), nn.Linear(LSTM_SIZE, 5, bias=False)
+        )
 
     def features(self, frames: Tensor, actions: Tensor) -> Tensor:
         """frames (B, T + 1, 3, 64, 64), actions (B, T) -> (B, T, features): all that needs no recurrence."""
@@ -172,8 +193,12 @@ class PixelActorCritic(nn.Module):
         super().__init__()
         widths = (POLICY_WIDTHS[0], *POLICY_WIDTHS)
         self.conv_in = jedi.conv3x3(CHANNELS, widths[0])
-        self.stages = nn.ModuleList(jedi.EncoderStage(i, o) for i, o in zip(widths, widths[1:], strict=False))
-        self.lstm = nn.LSTM(widths[-1] * (SIZE >> len(self.stages)) ** 2, LSTM_SIZE, batch_first=True)
+        self.stages = nn.ModuleList(
+            jedi.EncoderStage(i, o) for i, o in zip(widths, widths[1:], strict=False)
+        )
+        self.lstm = nn.LSTM(
+            widths[-1] * (SIZE >> len(self.stages)) ** 2, LSTM_SIZE, batch_first=True
+        )
         self.policy = jedi.zero_(nn.Linear(LSTM_SIZE, num_actions))
         self.value = jedi.zero_(nn.Linear(LSTM_SIZE, 1))
 
@@ -206,11 +231,15 @@ class PixelAgent(nn.Module):
 
 def parameter_counts(agent: PixelAgent) -> dict[str, int]:
     """Trainable parameters of each network."""
-    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in agent.named_children()}
+    counts = {
+        name: sum(p.numel() for p in net.parameters()) for name, net in agent.named_children()
+    }
     return {**counts, "total": sum(counts.values())}
 
 
-def denoise(agent: PixelAgent, x: Tensor, sigma: Tensor, context: Tensor, actions: Tensor, args: jedi.Args) -> Tensor:
+def denoise(
+    agent: PixelAgent, x: Tensor, sigma: Tensor, context: Tensor, actions: Tensor, args: jedi.Args
+) -> Tensor:
     """D_theta, quantised: x (B, 3, 64, 64) at noise levels sigma (B,) -> the clean frame expected there."""
     c = jedi.precondition(sigma, args.sigma_data, args.sigma_offset)
     output = agent.denoiser(c.c_in * x, c.c_noise, context / args.sigma_data, actions)
@@ -218,17 +247,26 @@ def denoise(agent: PixelAgent, x: Tensor, sigma: Tensor, context: Tensor, action
 
 
 @torch.no_grad()
-def sample_next_frame(agent: PixelAgent, context: Tensor, actions: Tensor, args: jedi.Args) -> Tensor:
+def sample_next_frame(
+    agent: PixelAgent, context: Tensor, actions: Tensor, args: jedi.Args
+) -> Tensor:
     """One imagined frame: context (B, N, 3, 64, 64) and actions (B, N) -> (B, 3, 64, 64), by Euler steps."""
-    sigmas = jedi.karras_sigmas(args.sample_steps, args.sample_sigma_min, args.sample_sigma_max, args.sample_rho)
+    sigmas = jedi.karras_sigmas(
+        args.sample_steps, args.sample_sigma_min, args.sample_sigma_max, args.sample_rho
+    )
     x = torch.randn_like(context[:, -1])
     for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
         levels = torch.full((len(x),), sigma, device=x.device)
-        x = x + (sigma_next - sigma) * (x - denoise(agent, x, levels, context, actions, args)) / sigma
+        x = (
+            x
+            + (sigma_next - sigma) * (x - denoise(agent, x, levels, context, actions, args)) / sigma
+        )
     return x
 
 
-def diffusion_loss(agent: PixelAgent, batch: jedi.Windows, args: jedi.Args) -> tuple[Tensor, dict[str, Tensor]]:
+def diffusion_loss(
+    agent: PixelAgent, batch: jedi.Windows, args: jedi.Args
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Denoising loss over the target frames, each with the denoiser's own output of the one before as context."""
     n = args.context_frames
     frames = to_pixels(batch.frames) * batch.mask[..., None, None, None]
@@ -253,8 +291,12 @@ def reward_termination_loss(
     """Cross-entropy of the reward's sign and of termination."""
     reward_logits, end_logits = agent.reward(to_pixels(batch.frames), batch.actions[:, :-1])
     sign = batch.rewards[:, :-1].sign().long()
-    reward_error = F.cross_entropy(reward_logits.flatten(0, 1), sign.flatten() + 1, reduction="none")
-    end_error = F.cross_entropy(end_logits.flatten(0, 1), batch.ends[:, :-1].flatten().long(), reduction="none")
+    reward_error = F.cross_entropy(
+        reward_logits.flatten(0, 1), sign.flatten() + 1, reduction="none"
+    )
+    end_error = F.cross_entropy(
+        end_logits.flatten(0, 1), batch.ends[:, :-1].flatten().long(), reduction="none"
+    )
     loss = jedi.masked_mean(reward_error + end_error, batch.mask.flatten())
     return loss, {"loss": loss.detach()}
 
@@ -266,11 +308,17 @@ def imagine(agent: PixelAgent, start: jedi.Windows, args: jedi.Args) -> jedi.Ima
     context = to_pixels(start.frames) * start.mask[..., None, None, None]
     frames, actions = list(context.unbind(1)), list(start.actions[:, : n - 1].unbind(1))
     burn_in = start.mask[:, : n - 1]
-    policy_state = state = jedi.masked_lstm(agent.policy.lstm, agent.policy.features(context[:, : n - 1]), burn_in)
+    policy_state = state = jedi.masked_lstm(
+        agent.policy.lstm, agent.policy.features(context[:, : n - 1]), burn_in
+    )
     for _ in range(args.horizon):
         logits, _, state = agent.policy.heads(agent.policy.features(frames[-1][:, None]), state)
         actions.append(jedi.sample_categorical(logits[:, 0]))
-        frames.append(sample_next_frame(agent, torch.stack(frames[-n:], 1), torch.stack(actions[-n:], 1), args))
+        frames.append(
+            sample_next_frame(
+                agent, torch.stack(frames[-n:], 1), torch.stack(actions[-n:], 1), args
+            )
+        )
     x, taken = torch.stack(frames, dim=1), torch.stack(actions, dim=1)
     features = agent.reward.features(x, taken)
     hidden, _ = agent.reward.lstm(
@@ -280,14 +328,20 @@ def imagine(agent: PixelAgent, start: jedi.Windows, args: jedi.Args) -> jedi.Ima
     rewards = (jedi.sample_categorical(reward_logits) - 1).float()
     ends = jedi.sample_categorical(end_logits).bool()
     ended_before = F.pad(ends, (1, 0))[:, :-1].long().cumsum(1) > 0
-    return jedi.Imagined(x[:, n - 1 :], taken[:, n - 1 :], rewards, ends, ~ended_before, policy_state)
+    return jedi.Imagined(
+        x[:, n - 1 :], taken[:, n - 1 :], rewards, ends, ~ended_before, policy_state
+    )
 
 
-def actor_critic_loss(agent: PixelAgent, batch: jedi.Windows, args: jedi.Args) -> tuple[Tensor, dict[str, Tensor]]:
+def actor_critic_loss(
+    agent: PixelAgent, batch: jedi.Windows, args: jedi.Args
+) -> tuple[Tensor, dict[str, Tensor]]:
     """REINFORCE with a value baseline on imagined play; here the gradient also trains the policy's own encoder."""
     dream = imagine(agent, batch, args)
     logits, values, _ = agent.policy.heads(agent.policy.features(dream.z), dream.policy_state)
-    returns = jedi.lambda_returns(dream.rewards, dream.ends, values.detach(), args.gamma, args.td_lambda)
+    returns = jedi.lambda_returns(
+        dream.rewards, dream.ends, values.detach(), args.gamma, args.td_lambda
+    )
     log_probs = F.log_softmax(logits[:, :-1], dim=-1)
     taken = log_probs.gather(-1, dream.actions[..., None]).squeeze(-1)
     entropy = jedi.masked_mean(-(log_probs.exp() * log_probs).sum(-1), dream.alive)

@@ -28,7 +28,11 @@ def read_result(folder: Path, game: str, seed: int) -> tuple[str, ...]:
         return "broken", "is half written"
     if not isinstance(result, dict):
         return "broken", "is not a run's result"
-    numbers = [result.get("mean_return"), result.get("wall_seconds"), *(result.get("returns") or [None])]
+    numbers = [
+        result.get("mean_return"),
+        result.get("wall_seconds"),
+        *(result.get("returns") or [None]),
+    ]
     if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
         return "broken", "lacks returns, mean_return or wall_seconds"
     if (result.get("env_id"), result.get("seed")) != (game, seed):
@@ -55,7 +59,9 @@ def check(script: Path, argv: list[str]) -> int:
         spec.loader.exec_module(module)
     except Exception as error:
         text = " ".join(str(error).split())
-        print(f"{script} cannot be imported: {text}; is it all installed (requirements.txt), or is --python another?")
+        print(
+            f"{script} cannot be imported: {text}; is it all installed (requirements.txt), or is --python another?"
+        )
         return 2
     if not hasattr(module, "parse_args"):
         return 0  # a script of another kind judges for itself when it runs

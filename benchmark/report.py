@@ -45,7 +45,9 @@ SUBSET_TITLES = {
     "human_optimal": f"{len(GAMES) - len(AGENT_OPTIMAL)} Human-Optimal games",
 }
 METRICS = {"mean": "Mean", "median": "Median", "iqm": "IQM", "optimality_gap": "Optimality gap"}
-HARMONIC_OFFSET = 0.1  # keeps the harmonic mean finite where an agent plays like chance (arXiv 2605.13013)
+HARMONIC_OFFSET = (
+    0.1  # keeps the harmonic mean finite where an agent plays like chance (arXiv 2605.13013)
+)
 REMEDY = "move the run folder away, or make the run again"
 README_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 
@@ -53,9 +55,26 @@ README_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 NOT_SETTINGS = set(
     "env_id seed threads device precision compile run_dir resume eval_only dry_run checkpoint_every keep_replay".split()
 )
-TABLES = ("scores", "aggregates", "same_games", "asymmetry", "action_sets", "runs", "learning_curves")
-PICTURES = ("games", "aggregates", "asymmetry", "action_sets", "performance_profiles", "learning_curves")
-REPORT_FILES = {"report.md"} | {f"{table}.{ending}" for table in TABLES for ending in ("md", "csv", "json")}
+TABLES = (
+    "scores",
+    "aggregates",
+    "same_games",
+    "asymmetry",
+    "action_sets",
+    "runs",
+    "learning_curves",
+)
+PICTURES = (
+    "games",
+    "aggregates",
+    "asymmetry",
+    "action_sets",
+    "performance_profiles",
+    "learning_curves",
+)
+REPORT_FILES = {"report.md"} | {
+    f"{table}.{ending}" for table in TABLES for ending in ("md", "csv", "json")
+}
 REPORT_FILES |= {f"{picture}.{ending}" for picture in PICTURES for ending in ("png", "svg")}
 
 
@@ -111,7 +130,10 @@ def published_agents() -> list[Agent]:
                 main=name in PUBLISHED["main"],
                 means_only="means" in entry,
                 notes=(f"source: {entry['source']}.", *entry.get("notes", [])),
-                game_notes={game: f"{name}, {game}: " + "; ".join(texts) + "." for game, texts in differences.items()},
+                game_notes={
+                    game: f"{name}, {game}: " + "; ".join(texts) + "."
+                    for game, texts in differences.items()
+                },
                 printed_aggregates=entry.get("printed_aggregates", {}),
             )
         )
@@ -134,7 +156,10 @@ class Run:
 
     def played(self) -> dict[str, list[float]]:
         """Environment -> returns of the final evaluation; the first one was trained in."""
-        others = {name: played["returns"] for name, played in self.result.get("other_environments", {}).items()}
+        others = {
+            name: played["returns"]
+            for name, played in self.result.get("other_environments", {}).items()
+        }
         return {self.result.get("environment", "plain"): self.result["returns"], **others}
 
 
@@ -145,7 +170,9 @@ def game_name(env_id: str, path: Path) -> str:
         return name
     close = difflib.get_close_matches(name, GAMES, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"they are {', '.join(GAMES)}"
-    raise BadInput(f"{path}: game {env_id!r} is none of the {len(GAMES)} of Atari 100k, {hint}; move this run away")
+    raise BadInput(
+        f"{path}: game {env_id!r} is none of the {len(GAMES)} of Atari 100k, {hint}; move this run away"
+    )
 
 
 def is_number(value) -> bool:
@@ -233,7 +260,9 @@ def read_curve(path: Path, result: dict) -> list[tuple[float, float]]:
         score = metrics.get("eval/mean_return")
         if score is not None:
             if not (is_number(score) and is_number(steps)):
-                raise BadInput(f"{path}, line {number}: evaluation {short(score)} at step {short(steps)}; {REMEDY}")
+                raise BadInput(
+                    f"{path}, line {number}: evaluation {short(score)} at step {short(steps)}; {REMEDY}"
+                )
             curve.append((float(steps), float(score)))
     return [*curve, (float(result["env_steps"]), result["mean_return"])]
 
@@ -241,13 +270,19 @@ def read_curve(path: Path, result: dict) -> list[tuple[float, float]]:
 def find_runs(folder: Path) -> tuple[list[Run], list[Path]]:
     """All runs below a folder, and the run folders without a result: those are unfinished."""
     if not folder.is_dir():
-        raise BadInput(f"{folder} is not a folder; give one that holds run folders with a result.json")
+        raise BadInput(
+            f"{folder} is not a folder; give one that holds run folders with a result.json"
+        )
     runs = []
     for path in sorted(folder.rglob("result.json")):
         result = read_result(path)
         curve = read_curve(path.with_name("metrics.jsonl"), result)
         runs.append(Run(path, folder, game_name(result["env_id"], path), result, curve))
-    unfinished = [p.parent for p in sorted(folder.rglob("args.json")) if not p.with_name("result.json").exists()]
+    unfinished = [
+        p.parent
+        for p in sorted(folder.rglob("args.json"))
+        if not p.with_name("result.json").exists()
+    ]
     return runs, unfinished
 
 
@@ -256,9 +291,13 @@ def check_same_settings(runs: list[Run]) -> None:
     first = runs[0]
     for run in runs[1:]:
         a, b = first.settings, run.settings
-        differing = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key) or (key in a) != (key in b)]
+        differing = [
+            key for key in sorted({*a, *b}) if a.get(key) != b.get(key) or (key in a) != (key in b)
+        ]
         if differing:
-            shown = "; ".join(f"{k} is {a.get(k, 'absent')!r} and {b.get(k, 'absent')!r}" for k in differing[:3])
+            shown = "; ".join(
+                f"{k} is {a.get(k, 'absent')!r} and {b.get(k, 'absent')!r}" for k in differing[:3]
+            )
             more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise BadInput(
                 f"different settings in {first.path} and {run.path}: {shown}{more}; put each setting into a folder "
@@ -299,7 +338,9 @@ def measured_agents(groups: dict[str, list[Run]]) -> list[Agent]:
             scores: dict[str, list[float]] = {}
             for run in runs:
                 if environment in run.played():
-                    scores.setdefault(run.game, []).append(float(np.mean(run.played()[environment])))
+                    scores.setdefault(run.game, []).append(
+                        float(np.mean(run.played()[environment]))
+                    )
             counts = {len(run.played()[environment]) for run in runs if environment in run.played()}
             name = label if environments == ["plain"] else f"{label} [{environment}]"
             agents.append(
@@ -334,10 +375,14 @@ def load_groups(arguments: list[str]) -> tuple[dict[str, list[Run]], list[Path]]
         runs, open_runs = find_runs(folder)
         unfinished += open_runs
         if not runs:
-            raise BadInput(f"no result.json below {folder}: nothing to report ({len(open_runs)} unfinished runs)")
+            raise BadInput(
+                f"no result.json below {folder}: nothing to report ({len(open_runs)} unfinished runs)"
+            )
         for label, group in group_runs(name, runs).items():
             if label in groups or label in PUBLISHED["agents"]:
-                raise BadInput(f"two agents would be called {label!r}; name the folders: NAME1=FOLDER1 NAME2=FOLDER2")
+                raise BadInput(
+                    f"two agents would be called {label!r}; name the folders: NAME1=FOLDER1 NAME2=FOLDER2"
+                )
             groups[label] = group
     return groups, unfinished
 
@@ -352,14 +397,18 @@ def import_rliable():
     try:
         from rliable import library, metrics
     except (ImportError, TypeError) as error:  # TypeError: rliable 1.2.0 with pandas 3
-        raise BadInput(f"cannot import rliable ({error}); pip install -r benchmark/requirements.txt") from None
+        raise BadInput(
+            f"cannot import rliable ({error}); pip install -r benchmark/requirements.txt"
+        ) from None
     return library, metrics
 
 
 def balance(*columns: np.ndarray) -> np.ndarray:
     """Columns of (runs, games), repeated to one number of runs so that each game keeps the same weight."""
     size = math.lcm(*(len(column) for column in columns))
-    return np.concatenate([np.repeat(column, size // len(column), axis=0) for column in columns], axis=1)
+    return np.concatenate(
+        [np.repeat(column, size // len(column), axis=0) for column in columns], axis=1
+    )
 
 
 def estimate(columns: list[np.ndarray], function: Callable, reps: int, seed: int) -> tuple:
@@ -377,7 +426,9 @@ def estimate(columns: list[np.ndarray], function: Callable, reps: int, seed: int
     state = np.random.get_state()
     np.random.seed(seed)
     try:
-        points, intervals = library.get_interval_estimates({"": scores}, lambda *c: function(balance(*c)), reps=reps)
+        points, intervals = library.get_interval_estimates(
+            {"": scores}, lambda *c: function(balance(*c)), reps=reps
+        )
     finally:
         np.random.set_state(state)
     return points[""], intervals[""]
@@ -405,15 +456,24 @@ def aggregate(agent: Agent, games: list[str], reps: int, seed: int) -> dict:
     """Aggregates over exactly these games, None if one is missing; `n_runs` is that of the game with fewest."""
     present = agent.present(games)
     summary = {key: None for metric in METRICS for key in (metric, f"{metric}_interval")}
-    summary |= {"superhuman": None, "har_hns": None, "n_games": len(present), "n_runs": run_count(agent, present)}
-    summary["n_runs_max"] = None if summary["n_runs"] is None else max(len(agent.scores[game]) for game in present)
+    summary |= {
+        "superhuman": None,
+        "har_hns": None,
+        "n_games": len(present),
+        "n_runs": run_count(agent, present),
+    }
+    summary["n_runs_max"] = (
+        None if summary["n_runs"] is None else max(len(agent.scores[game]) for game in present)
+    )
     summary["missing"] = [game for game in games if game not in present]
     if summary["missing"]:
         return summary
     points, intervals = estimate([agent.hns(game) for game in games], rliable_metrics, reps, seed)
     for i, metric in enumerate(METRICS):
         summary[metric] = float(points[i])
-        summary[f"{metric}_interval"] = None if intervals is None else [float(x) for x in intervals[:, i]]
+        summary[f"{metric}_interval"] = (
+            None if intervals is None else [float(x) for x in intervals[:, i]]
+        )
     mean_hns = agent.mean_hns(games)
     summary["superhuman"] = int((mean_hns > 1).sum())
     summary["har_hns"] = harmonic_hns(mean_hns)
@@ -422,7 +482,9 @@ def aggregate(agent: Agent, games: list[str], reps: int, seed: int) -> dict:
 
 def all_aggregates(agents: list[Agent], reps: int, seed: int) -> dict[str, dict[str, dict]]:
     """Agent -> set of games -> aggregates."""
-    return {a.name: {s: aggregate(a, games, reps, seed) for s, games in SUBSETS.items()} for a in agents}
+    return {
+        a.name: {s: aggregate(a, games, reps, seed) for s, games in SUBSETS.items()} for a in agents
+    }
 
 
 def asymmetry(aggregates: dict) -> list[dict]:
@@ -431,7 +493,11 @@ def asymmetry(aggregates: dict) -> list[dict]:
     for name, subsets in aggregates.items():
         if subsets["all"]["missing"]:
             continue
-        record = {"agent": name, "n_games": subsets["all"]["n_games"], "n_runs": subsets["all"]["n_runs"]}
+        record = {
+            "agent": name,
+            "n_games": subsets["all"]["n_games"],
+            "n_runs": subsets["all"]["n_runs"],
+        }
         for metric in ("mean", "median", "iqm", "har_hns"):
             high, low = subsets["agent_optimal"][metric], subsets["human_optimal"][metric]
             positive = high is not None and low is not None and high > 0 and low > 0
@@ -451,7 +517,14 @@ def same_games(agents: list[Agent], reps: int, seed: int) -> list[dict]:
         for agent in agents:
             summary = aggregate(agent, games, reps, seed)
             if not summary.pop("missing"):
-                records.append({"games_of": partial.name, "games": " ".join(games), "agent": agent.name, **summary})
+                records.append(
+                    {
+                        "games_of": partial.name,
+                        "games": " ".join(games),
+                        "agent": agent.name,
+                        **summary,
+                    }
+                )
     return records
 
 
@@ -465,8 +538,20 @@ def action_sets(agents: list[Agent]) -> list[dict]:
             if present:
                 hns = agent.mean_hns(present)
                 numbers = {"mean_hns": float(hns.mean()), "median_hns": float(np.median(hns))}
-                counts = {"n_games": len(present), "of_games": len(games), "n_runs": run_count(agent, present)}
-                records.append({"actions": size, "agent": agent.name, **numbers, **counts, "games": " ".join(present)})
+                counts = {
+                    "n_games": len(present),
+                    "of_games": len(games),
+                    "n_runs": run_count(agent, present),
+                }
+                records.append(
+                    {
+                        "actions": size,
+                        "agent": agent.name,
+                        **numbers,
+                        **counts,
+                        "games": " ".join(present),
+                    }
+                )
     return records
 
 
@@ -523,7 +608,13 @@ def run_records(groups: dict[str, list[Run]]) -> list[dict]:
 def curve_records(groups: dict[str, list[Run]]) -> list[dict]:
     """One record per evaluation of a run."""
     return [
-        {"agent": label, "game": run.game, "seed": run.result["seed"], "env_steps": steps, "mean_return": score}
+        {
+            "agent": label,
+            "game": run.game,
+            "seed": run.result["seed"],
+            "env_steps": steps,
+            "mean_return": score,
+        }
         for label, runs in groups.items()
         for run in runs
         for steps, score in run.curve
@@ -651,7 +742,9 @@ def count_runs(summary: dict) -> str:
 
 def summary_cells(summary: dict) -> list[str]:
     cells = [with_interval(summary, metric) for metric in METRICS]
-    above = "–" if summary["superhuman"] is None else f"{summary['superhuman']} of {summary['n_games']}"
+    above = (
+        "–" if summary["superhuman"] is None else f"{summary['superhuman']} of {summary['n_games']}"
+    )
     return [*cells, above, number(summary["har_hns"], 3)]
 
 
@@ -660,7 +753,9 @@ SUMMARY_HEADER = [*METRICS.values(), "Above human", "Har-HNS"]
 
 def printed_cell(agent: Agent) -> str:
     """What the authors or others print for the aggregates over all games."""
-    printed = [f"{key} {value:g}" for key, value in agent.printed_aggregates.items() if key != "where"]
+    printed = [
+        f"{key} {value:g}" for key, value in agent.printed_aggregates.items() if key != "where"
+    ]
     return ", ".join(printed) or "–"
 
 
@@ -679,9 +774,16 @@ def aggregates_markdown(agents: list[Agent], aggregates: dict, reps: int) -> str
         rows = []
         for agent in agents:
             summary = aggregates[agent.name][subset]
-            counts = [f"{summary['n_games']} of {len(games)}", count_runs(summary) if summary["n_games"] else "–"]
+            counts = [
+                f"{summary['n_games']} of {len(games)}",
+                count_runs(summary) if summary["n_games"] else "–",
+            ]
             extra = [printed_cell(agent)] if subset == "all" else []
-            mark = notes.mark(" ".join([f"{agent.name}:", *agent.notes[1:]])) if agent.notes[1:] else ""
+            mark = (
+                notes.mark(" ".join([f"{agent.name}:", *agent.notes[1:]]))
+                if agent.notes[1:]
+                else ""
+            )
             rows.append([agent.name + mark, *counts, *summary_cells(summary), *extra])
         header += ["Printed elsewhere"] if subset == "all" else []
         parts.append(f"### Aggregates, {SUBSET_TITLES[subset]}\n\n{markdown(header, rows)}")
@@ -696,8 +798,14 @@ def flat_aggregates(aggregates: dict, agents: list[Agent]) -> list[dict]:
     records = []
     for name, subsets in aggregates.items():
         for subset, summary in subsets.items():
-            record = {"agent": name, "set": subset, "of_games": len(SUBSETS[subset])} | split_intervals(summary)
-            records.append(record | {"printed_elsewhere": printed[name] if subset == "all" else None})
+            record = {
+                "agent": name,
+                "set": subset,
+                "of_games": len(SUBSETS[subset]),
+            } | split_intervals(summary)
+            records.append(
+                record | {"printed_elsewhere": printed[name] if subset == "all" else None}
+            )
     return records
 
 
@@ -729,7 +837,14 @@ def same_games_markdown(records: list[dict]) -> str:
 
 
 def asymmetry_markdown(records: list[dict]) -> str:
-    header = ["Agent", "Games", "Runs", "Mean, Agent-Optimal", "Mean, Human-Optimal", "Ratio of means"]
+    header = [
+        "Agent",
+        "Games",
+        "Runs",
+        "Mean, Agent-Optimal",
+        "Mean, Human-Optimal",
+        "Ratio of means",
+    ]
     header += ["Ratio of medians", "Ratio of IQMs", "Ratio of Har-HNS"]
     rows = [
         [r["agent"], str(r["n_games"]), "means" if r["n_runs"] is None else str(r["n_runs"])]
@@ -756,7 +871,13 @@ def action_sets_markdown(records: list[dict], agents: list[Agent]) -> str:
         for agent in shown:
             record = cells.get((size, agent.name))
             part = f" (n={record['n_games']})" if record and record["n_games"] < len(games) else ""
-            row.append(number(record["mean_hns"], 3) + part if record else "not run" if agent.measured else "–")
+            row.append(
+                number(record["mean_hns"], 3) + part
+                if record
+                else "not run"
+                if agent.measured
+                else "–"
+            )
         rows.append(row)
     text = "Mean human-normalised score over the games with an action set of that size; n: games, where not all.\n"
     header = ["Actions", "Games", *(f"{a.name} ({runs_label(a)})" for a in shown)]
@@ -765,12 +886,34 @@ def action_sets_markdown(records: list[dict], agents: list[Agent]) -> str:
 
 def runs_markdown(records: list[dict], unfinished: list[Path]) -> str:
     rows = [
-        [r["agent"], r["game"], str(r["seed"]), number(r["mean_return"]), str(r["episodes"]), f"{r['env_steps']:,}"]
-        + [clock(r["hours"]), number(r["peak_memory_gib"], 2), r["device"] or "–", r["precision"] or "–"]
+        [
+            r["agent"],
+            r["game"],
+            str(r["seed"]),
+            number(r["mean_return"]),
+            str(r["episodes"]),
+            f"{r['env_steps']:,}",
+        ]
+        + [
+            clock(r["hours"]),
+            number(r["peak_memory_gib"], 2),
+            r["device"] or "–",
+            r["precision"] or "–",
+        ]
         + [r["preset"] or "–", str(r["commit"] or "–")[:7], r["torch"] or "–"]
         for r in records
     ]
-    header = ["Agent", "Game", "Seed", "Mean return", "Games", "Steps", "Time (h:mm)", "Memory (GiB)", "Device"]
+    header = [
+        "Agent",
+        "Game",
+        "Seed",
+        "Mean return",
+        "Games",
+        "Steps",
+        "Time (h:mm)",
+        "Memory (GiB)",
+        "Device",
+    ]
     header += ["Precision", "Preset", "Commit", "PyTorch"]
     text = f"{len(records)} runs. Memory: the peak of the GPU's where there is one, else of the process.\n"
     if unfinished:
@@ -850,13 +993,26 @@ def import_pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise BadInput(f"cannot import matplotlib ({error}); pip install -r benchmark/requirements.txt") from None
+        raise BadInput(
+            f"cannot import matplotlib ({error}); pip install -r benchmark/requirements.txt"
+        ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(
-        {"svg.hashsalt": "report", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-        | {"axes.grid": True, "grid.alpha": 0.3, "grid.linewidth": 0.6, "legend.frameon": False, "figure.dpi": 110}
+        {
+            "svg.hashsalt": "report",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+        | {
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "grid.linewidth": 0.6,
+            "legend.frameon": False,
+            "figure.dpi": 110,
+        }
     )
     return plt
 
@@ -869,7 +1025,9 @@ def looks(agents: list[Agent]) -> dict[str, tuple]:
 
 
 def save(plt, figure, folder: Path, name: str) -> None:
-    figure.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None}, bbox_inches="tight")
+    figure.savefig(
+        folder / f"{name}.png", dpi=130, metadata={"Software": None}, bbox_inches="tight"
+    )
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
 
@@ -894,12 +1052,29 @@ def draw_games(plt, agents: list[Agent], folder: Path) -> None:
         for i, agent in enumerate(shown):
             colour, marker, _ = style[agent.name]
             present = agent.present(games)
-            offset = 0.5 * (0.5 - i / max(1, len(shown) - 1))  # so that equal scores do not hide each other
+            offset = 0.5 * (
+                0.5 - i / max(1, len(shown) - 1)
+            )  # so that equal scores do not hide each other
             rows = [games.index(game) + offset for game in present]
-            options = dict(s=90, zorder=4, edgecolor="white", linewidth=0.4) if agent.measured else dict(s=28, zorder=3)
-            axis.scatter(agent.mean_hns(present), rows, color=colour, marker=marker, label=label(agent), **options)
+            options = (
+                dict(s=90, zorder=4, edgecolor="white", linewidth=0.4)
+                if agent.measured
+                else dict(s=28, zorder=3)
+            )
+            axis.scatter(
+                agent.mean_hns(present),
+                rows,
+                color=colour,
+                marker=marker,
+                label=label(agent),
+                **options,
+            )
         axis.axvline(1, color="black", linewidth=1, zorder=1)
-        axis.set(title=SUBSET_TITLES[subset], xlabel="human-normalised score (1 is human)", yticks=range(len(games)))
+        axis.set(
+            title=SUBSET_TITLES[subset],
+            xlabel="human-normalised score (1 is human)",
+            yticks=range(len(games)),
+        )
         axis.set_yticklabels([f"{game} ({GAMES[game]['actions']})" for game in games])
     low = min(axis.dataLim.x0 for axis in axes)
     axes[0].update_datalim([(low, 0), (max(axis.dataLim.x1 for axis in axes), 0)])
@@ -933,8 +1108,21 @@ def draw_aggregates(plt, agents: list[Agent], aggregates: dict, folder: Path) ->
             colour = "#D55E00" if agent.measured else HUMAN_OPTIMAL_COLOUR
             interval = summary[f"{metric}_interval"]
             if interval is not None:
-                axis.plot(interval, [row, row], color=colour, linewidth=5, alpha=0.4, solid_capstyle="butt")
-            axis.plot(summary[metric], row, "|" if interval else "o", color=colour, markersize=9 if interval else 4)
+                axis.plot(
+                    interval,
+                    [row, row],
+                    color=colour,
+                    linewidth=5,
+                    alpha=0.4,
+                    solid_capstyle="butt",
+                )
+            axis.plot(
+                summary[metric],
+                row,
+                "|" if interval else "o",
+                color=colour,
+                markersize=9 if interval else 4,
+            )
         better = "less is better" if metric == "optimality_gap" else "more is better"
         axis.set(title=f"{title}\n({better})", yticks=range(len(shown)))
     axes[0].set_yticklabels([label(agent) for agent in shown])
@@ -949,7 +1137,9 @@ def draw_aggregates(plt, agents: list[Agent], aggregates: dict, folder: Path) ->
 def draw_asymmetry(plt, agents: list[Agent], records: list[dict], folder: Path) -> None:
     """Mean HNS on Agent-Optimal and on Human-Optimal games, joined, with their ratio."""
     by_name = {agent.name: agent for agent in agents}
-    records = sorted(records, key=lambda r: (r["mean_ratio"] is None, r["mean_ratio"]), reverse=True)
+    records = sorted(
+        records, key=lambda r: (r["mean_ratio"] is None, r["mean_ratio"]), reverse=True
+    )
     figure, axis = plt.subplots(figsize=(9, 1.3 + 0.3 * len(records)))
     high = max(record["mean_agent_optimal"] for record in records)
     for row, record in enumerate(records):
@@ -959,18 +1149,28 @@ def draw_asymmetry(plt, agents: list[Agent], records: list[dict], folder: Path) 
         axis.scatter(ends[1], row, color=AGENT_OPTIMAL_COLOUR, marker="s", s=45, zorder=2)
         ratio = "–" if record["mean_ratio"] is None else f"{record['mean_ratio']:.1f} times"
         axis.text(high * 1.25, row, ratio, va="center")
-    axis.scatter([], [], color=HUMAN_OPTIMAL_COLOUR, marker="o", label=SUBSET_TITLES["human_optimal"])
-    axis.scatter([], [], color=AGENT_OPTIMAL_COLOUR, marker="s", label=SUBSET_TITLES["agent_optimal"])
+    axis.scatter(
+        [], [], color=HUMAN_OPTIMAL_COLOUR, marker="o", label=SUBSET_TITLES["human_optimal"]
+    )
+    axis.scatter(
+        [], [], color=AGENT_OPTIMAL_COLOUR, marker="s", label=SUBSET_TITLES["agent_optimal"]
+    )
     if min(record["mean_human_optimal"] for record in records) > 0:
         axis.set_xscale("log")
-        ticks = [t for t in (0.01, 0.03, 0.1, 0.3, 1, 3, 10) if t > 0.5 * min(r["mean_human_optimal"] for r in records)]
+        ticks = [
+            t
+            for t in (0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+            if t > 0.5 * min(r["mean_human_optimal"] for r in records)
+        ]
         axis.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
     axis.axvline(1, color="black", linewidth=1, zorder=0)
     axis.set(yticks=range(len(records)), xlabel="mean human-normalised score (1 is human)")
     axis.set_yticklabels([label(by_name[record["agent"]]) for record in records])
     for text in axis.get_yticklabels():
-        text.set_fontweight("bold" if text.get_text() in {label(a) for a in agents if a.measured} else "normal")
+        text.set_fontweight(
+            "bold" if text.get_text() in {label(a) for a in agents if a.measured} else "normal"
+        )
     axis.set_title("Performance asymmetry: mean on Agent-Optimal over mean on Human-Optimal games")
     legend_below(figure, axis, 2)
     save(plt, figure, folder, "asymmetry")
@@ -987,21 +1187,33 @@ def draw_action_sets(plt, agents: list[Agent], folder: Path) -> None:
         for x, size in enumerate(sizes):
             games = agent.present(name for name, game in GAMES.items() if game["actions"] == size)
             hns = agent.mean_hns(games)
-            axis.scatter([x + offset] * len(games), hns, color=colour, marker=marker, s=20, alpha=0.75)
+            axis.scatter(
+                [x + offset] * len(games), hns, color=colour, marker=marker, s=20, alpha=0.75
+            )
             if len(games) > 1:
                 width = 0.3 / len(shown)
-                axis.plot([x + offset - width, x + offset + width], [hns.mean()] * 2, color=colour, linewidth=3)
+                axis.plot(
+                    [x + offset - width, x + offset + width],
+                    [hns.mean()] * 2,
+                    color=colour,
+                    linewidth=3,
+                )
         axis.scatter([], [], color=colour, marker=marker, label=label(agent))
     for x in range(len(sizes) - 1):
         axis.axvline(x + 0.5, color="#DDDDDD", linewidth=0.8, zorder=0)
     hns_axis(axis, "y")
     axis.axhline(1, color="black", linewidth=1, zorder=0)
     counts = [sum(game["actions"] == size for game in GAMES.values()) for size in sizes]
-    names = [f"{size}\n{count} game{'s' * (count > 1)}" for size, count in zip(sizes, counts, strict=True)]
+    names = [
+        f"{size}\n{count} game{'s' * (count > 1)}"
+        for size, count in zip(sizes, counts, strict=True)
+    ]
     axis.set_xticks(range(len(sizes)), labels=names)
     axis.grid(axis="x", visible=False)
     axis.set(xlabel="size of the action set", ylabel="human-normalised score (1 is human)")
-    axis.set_title("Scores by the size of the action set (marker: a game; bar: the agent's mean, if there are several)")
+    axis.set_title(
+        "Scores by the size of the action set (marker: a game; bar: the agent's mean, if there are several)"
+    )
     legend_below(figure, axis, 4)
     save(plt, figure, folder, "action_sets")
 
@@ -1019,13 +1231,17 @@ def draw_profiles(plt, agents: list[Agent], reps: int, seed: int, folder: Path) 
         for agent in shown:
             share, band = estimate([agent.hns(game) for game in games], profile, reps, seed)
             colour, _, dashes = style[agent.name]
-            axis.plot(thresholds, share, color=colour, linestyle=dashes, linewidth=1.8, label=label(agent))
+            axis.plot(
+                thresholds, share, color=colour, linestyle=dashes, linewidth=1.8, label=label(agent)
+            )
             if band is not None:
                 axis.fill_between(thresholds, *band, color=colour, alpha=0.13, linewidth=0)
         axis.set_xscale("log")
         axis.set_xticks([0.01, 0.1, 1, 10], labels=["0.01", "0.1", "1", "10"])
         axis.axvline(1, color="black", linewidth=1, zorder=0)
-        axis.set(title=SUBSET_TITLES[subset], xlabel="human-normalised score t (1 is human)", ylim=(0, 1))
+        axis.set(
+            title=SUBSET_TITLES[subset], xlabel="human-normalised score t (1 is human)", ylim=(0, 1)
+        )
     axes[0].set_ylabel("share of runs above t")
     figure.suptitle("Performance profiles with 95% bands")
     legend_below(figure, axes[0], 4)
@@ -1043,7 +1259,11 @@ def mean_curve(curves: list[list[tuple[float, float]]]) -> tuple[np.ndarray, np.
 
 def draw_learning_curves(plt, groups: dict[str, list[Run]], folder: Path) -> None:
     """Evaluations during training: a thin line per run, a thick one for their mean, Random and Human dotted."""
-    games = [game for game in GAMES if any(r.game == game and r.curve for runs in groups.values() for r in runs)]
+    games = [
+        game
+        for game in GAMES
+        if any(r.game == game and r.curve for runs in groups.values() for r in runs)
+    ]
     columns = min(4, len(games))
     rows = math.ceil(len(games) / columns)
     size = (max(7.5, 3.3 * columns), 1.6 + 2.3 * rows)
@@ -1056,20 +1276,36 @@ def draw_learning_curves(plt, groups: dict[str, list[Run]], folder: Path) -> Non
             curves = [run.curve for run in runs if run.game == game and run.curve]
             colour, marker, dashes = style[name]
             for curve in curves:
-                axis.plot(*np.array(curve).T, color=colour, alpha=0.4, linewidth=0.9, marker=".", markersize=3)
+                axis.plot(
+                    *np.array(curve).T,
+                    color=colour,
+                    alpha=0.4,
+                    linewidth=0.9,
+                    marker=".",
+                    markersize=3,
+                )
                 axis.plot(*curve[-1], color=colour, marker=marker, markersize=7)
             if len(curves) > 1:
                 axis.plot(*mean_curve(curves), color=colour, linewidth=2.2, linestyle=dashes)
         axis.axhline(GAMES[game]["random"], color="#777777", linestyle=":", linewidth=1.3)
         axis.axhline(GAMES[game]["human"], color="black", linestyle="--", linewidth=1.3)
-        counts = ", ".join(str(sum(r.game == game and bool(r.curve) for r in runs)) for runs in groups.values())
+        counts = ", ".join(
+            str(sum(r.game == game and bool(r.curve) for r in runs)) for runs in groups.values()
+        )
         axis.set_title(f"{game} (n={counts})")
         axis.ticklabel_format(style="plain", axis="x")
         axis.locator_params(axis="x", nbins=4)
     for axis in axes.flat[max(0, len(games) - columns) : len(games)]:
         axis.set_xlabel("environment steps")
     for name in groups:
-        axes.flat[0].plot([], [], color=style[name][0], marker=style[name][1], linestyle=style[name][2], label=name)
+        axes.flat[0].plot(
+            [],
+            [],
+            color=style[name][0],
+            marker=style[name][1],
+            linestyle=style[name][2],
+            label=name,
+        )
     axes.flat[0].plot([], [], color="black", linestyle="--", label="Human")
     axes.flat[0].plot([], [], color="#777777", linestyle=":", label="Random")
     figure.supylabel("mean return", fontsize=9)
@@ -1090,7 +1326,9 @@ def write_table(folder: Path, name: str, text: str, records: list[dict], content
     """A table as Markdown, CSV and JSON (`content`, or the records); returns the Markdown."""
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
     (folder / f"{name}.csv").write_text(to_csv(records), encoding="utf-8")
-    (folder / f"{name}.json").write_text(to_json(records if content is None else content), encoding="utf-8")
+    (folder / f"{name}.json").write_text(
+        to_json(records if content is None else content), encoding="utf-8"
+    )
     return text
 
 
@@ -1107,18 +1345,28 @@ def picture(name: str, text: str) -> str:
     return f"![{text}]({name}.png)\n"
 
 
-def write_report(folder: Path, groups: dict[str, list[Run]], unfinished: list[Path], reps: int, seed: int) -> None:
+def write_report(
+    folder: Path, groups: dict[str, list[Run]], unfinished: list[Path], reps: int, seed: int
+) -> None:
     """All tables and pictures into an empty folder."""
     plt = import_pyplot()
     agents = published_agents() + measured_agents(groups)
-    aggregates, scores, actions = all_aggregates(agents, reps, seed), score_records(agents), action_sets(agents)
+    aggregates, scores, actions = (
+        all_aggregates(agents, reps, seed),
+        score_records(agents),
+        action_sets(agents),
+    )
     asymmetries, partial = asymmetry(aggregates), same_games(agents, reps, seed)
     measured = [label(agent) for agent in agents if agent.measured]
     parts = [
         "# Atari 100k report\n",
-        f"Measured: {', '.join(measured)}.\n" if measured else "Published scores alone: nothing measured here.\n",
+        f"Measured: {', '.join(measured)}.\n"
+        if measured
+        else "Published scores alone: nothing measured here.\n",
         "## Scores\n",
-        write_table(folder, "scores", scores_markdown(agents), scores, nest(scores, "agent", "game")),
+        write_table(
+            folder, "scores", scores_markdown(agents), scores, nest(scores, "agent", "game")
+        ),
         picture("games", "human-normalised score of each game"),
         "## Aggregates\n",
         write_table(
@@ -1133,8 +1381,13 @@ def write_report(folder: Path, groups: dict[str, list[Run]], unfinished: list[Pa
     ]
     if partial:
         records = [split_intervals(record) for record in partial]
-        parts.append(write_table(folder, "same_games", same_games_markdown(partial), records, partial))
-    parts += ["## Asymmetry\n", write_table(folder, "asymmetry", asymmetry_markdown(asymmetries), asymmetries)]
+        parts.append(
+            write_table(folder, "same_games", same_games_markdown(partial), records, partial)
+        )
+    parts += [
+        "## Asymmetry\n",
+        write_table(folder, "asymmetry", asymmetry_markdown(asymmetries), asymmetries),
+    ]
     parts += [picture("asymmetry", "mean on Agent-Optimal and Human-Optimal games")]
     parts += [write_table(folder, "action_sets", action_sets_markdown(actions, agents), actions)]
     parts += [picture("action_sets", "scores by the size of the action set")]
@@ -1145,11 +1398,16 @@ def write_report(folder: Path, groups: dict[str, list[Run]], unfinished: list[Pa
     draw_profiles(plt, agents, reps, seed, folder)
     if groups:
         records, curves = run_records(groups), curve_records(groups)
-        parts += ["## Runs\n", write_table(folder, "runs", runs_markdown(records, unfinished), records)]
+        parts += [
+            "## Runs\n",
+            write_table(folder, "runs", runs_markdown(records, unfinished), records),
+        ]
         if curves:
             draw_learning_curves(plt, groups, folder)
             text = f"### Learning curves\n\n{picture('learning_curves', 'evaluations during training')}"
-            text += f"\n{len(curves)} evaluations, in learning_curves.csv and learning_curves.json.\n"
+            text += (
+                f"\n{len(curves)} evaluations, in learning_curves.csv and learning_curves.json.\n"
+            )
             parts.append(write_table(folder, "learning_curves", text, curves))
     (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
 
@@ -1158,15 +1416,26 @@ def check_out(out: Path) -> None:
     """A report may replace an earlier report, and nothing else."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file; give a folder")
-    foreign = sorted(path.name for path in out.iterdir() if path.name not in REPORT_FILES) if out.is_dir() else []
+    foreign = (
+        sorted(path.name for path in out.iterdir() if path.name not in REPORT_FILES)
+        if out.is_dir()
+        else []
+    )
     if foreign:
-        raise BadInput(f"--out {out} holds other files than a report's ({foreign[0]}); give an empty or a new folder")
+        raise BadInput(
+            f"--out {out} holds other files than a report's ({foreign[0]}); give an empty or a new folder"
+        )
 
 
-def make_report(out: Path, groups: dict[str, list[Run]], unfinished: list[Path], reps: int, seed: int) -> None:
+def make_report(
+    out: Path, groups: dict[str, list[Run]], unfinished: list[Path], reps: int, seed: int
+) -> None:
     """Write into a folder beside `out`, then put it in its place: `out` is never half a report."""
     out = out.resolve()
-    fresh, old = out.with_name(f".{out.name}.{os.getpid()}.new"), out.with_name(f".{out.name}.{os.getpid()}.old")
+    fresh, old = (
+        out.with_name(f".{out.name}.{os.getpid()}.new"),
+        out.with_name(f".{out.name}.{os.getpid()}.old"),
+    )
     fresh.mkdir(parents=True)
     try:
         write_report(fresh, groups, unfinished, reps, seed)
@@ -1189,17 +1458,30 @@ class Parser(argparse.ArgumentParser):
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", metavar="[NAME=]FOLDER", help="folder with run folders, of one setting")
-    parser.add_argument("--out", type=Path, help="folder of the report; an earlier report there is replaced")
-    parser.add_argument("--published", action="store_true", help="report the published scores alone")
-    parser.add_argument("--readme-table", action="store_true", help="print the table for a README, write nothing")
+    parser.add_argument(
+        "results",
+        nargs="*",
+        metavar="[NAME=]FOLDER",
+        help="folder with run folders, of one setting",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of the report; an earlier report there is replaced"
+    )
+    parser.add_argument(
+        "--published", action="store_true", help="report the published scores alone"
+    )
+    parser.add_argument(
+        "--readme-table", action="store_true", help="print the table for a README, write nothing"
+    )
     parser.add_argument("--reps", type=int, default=2000, help="bootstrap draws (2000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (0)")
     args = parser.parse_args(argv)
     if bool(args.results) == args.published:
         raise BadInput("give folders of results or --published, one of the two; see --help")
     if args.readme_table == bool(args.out) or (args.readme_table and args.published):
-        raise BadInput("give --out FOLDER for a report, or --readme-table with folders of results; see --help")
+        raise BadInput(
+            "give --out FOLDER for a report, or --readme-table with folders of results; see --help"
+        )
     if args.reps < 2 or not 0 <= args.seed < 2**32:
         raise BadInput("--reps must be at least 2 and --seed between 0 and 4294967295")
     return args
@@ -1227,7 +1509,10 @@ def report(argv: list[str] | None) -> None:
     check_out(args.out)
     groups, unfinished = load_groups(args.results)
     for path in unfinished:
-        print(f"left out, unfinished: {path} (no result.json; carry it on with --resume)", file=sys.stderr)
+        print(
+            f"left out, unfinished: {path} (no result.json; carry it on with --resume)",
+            file=sys.stderr,
+        )
     make_report(args.out, groups, unfinished, args.reps, args.seed)
     print(f"{args.out}/report.md")
 

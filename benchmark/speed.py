@@ -74,20 +74,40 @@ class Timing(NamedTuple):
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of both sides")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of both sides"
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available()
+    )
     parser.add_argument("--env-id", default="Pong", help="the game whose frames are used")
-    parser.add_argument("--batch-size", type=int, default=32, help="states sampled at once, windows per update (32)")
-    parser.add_argument("--repeats", type=int, help="timings of each thing (default: 3 on a CPU, 10 on a GPU)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="states sampled at once, windows per update (32)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, help="timings of each thing (default: 3 on a CPU, 10 on a GPU)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-    parser.add_argument("--quick", action="store_true", help="updates of 2 windows, 5 imagined steps")
+    parser.add_argument(
+        "--quick", action="store_true", help="updates of 2 windows, 5 imagined steps"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
-    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="write traces and a table instead")
-    parser.add_argument("--growth", action="store_true", help="measure full and empty replays instead")
-    parser.add_argument("--leave-one-out", action="store_true", help="measure without each optimisation instead")
-    parser.add_argument("--memory-of", choices=SIDES, help=argparse.SUPPRESS)  # what the child process does
+    parser.add_argument(
+        "--profile", type=Path, metavar="FOLDER", help="write traces and a table instead"
+    )
+    parser.add_argument(
+        "--growth", action="store_true", help="measure full and empty replays instead"
+    )
+    parser.add_argument(
+        "--leave-one-out", action="store_true", help="measure without each optimisation instead"
+    )
+    parser.add_argument(
+        "--memory-of", choices=SIDES, help=argparse.SUPPRESS
+    )  # what the child process does
     return parser.parse_args(argv)
 
 
@@ -95,12 +115,17 @@ def settings(options: argparse.Namespace) -> tuple[jedi.Args, torch.device, bool
     """The paper's numbers at the chosen batch size, the device, and whether to compute in bf16. Raises `BadInput`."""
     device = jedi.choose_device(options.device)
     args = jedi.Args(
-        env_id=options.env_id, batch_size=options.batch_size, compile=options.compile, threads=options.threads
+        env_id=options.env_id,
+        batch_size=options.batch_size,
+        compile=options.compile,
+        threads=options.threads,
     )
     if options.repeats is not None and options.repeats < 1:
         raise jedi.BadInput(f"--repeats is {options.repeats}; it must be at least 1")
     if sum(map(bool, (options.profile, options.growth, options.leave_one_out))) > 1:
-        raise jedi.BadInput("--profile, --growth and --leave-one-out do not go together; choose one")
+        raise jedi.BadInput(
+            "--profile, --growth and --leave-one-out do not go together; choose one"
+        )
     if options.json and not options.json.resolve().parent.is_dir():
         raise jedi.BadInput(f"--json {options.json}: there is no folder {options.json.parent}")
     jedi.check_args(args)
@@ -152,13 +177,18 @@ def make_pixel(args: jedi.Args, replay: jedi.ReplayBuffer, sample_batch: int) ->
     frames, actions = context_of(args, replay, sample_batch)
     x = pixel.to_pixels(frames)
     losses = (pixel.diffusion_loss, pixel.reward_termination_loss, pixel.actor_critic_loss)
-    networks, decays = (agent.denoiser, agent.reward, agent.policy), (args.weight_decay, args.weight_decay, 0.0)
+    networks, decays = (
+        (agent.denoiser, agent.reward, agent.policy),
+        (args.weight_decay, args.weight_decay, 0.0),
+    )
     methods = [(network, "layers") for network in networks]
     compiled = jedi.Compiled(methods) if args.compile else contextlib.nullcontext()
     # How each part draws its batch and clips its gradient is JEDI's.
     eager = dataclasses.replace(args, compile=False)
     like, parts = jedi.make_parts(jedi.Agent(NUM_ACTIONS, args), eager, replay.device), {}
-    for (name, part), loss, network, decay in zip(like.items(), losses, networks, decays, strict=True):
+    for (name, part), loss, network, decay in zip(
+        like.items(), losses, networks, decays, strict=True
+    ):
         parts[name] = part._replace(
             loss=loss,
             optimizer=jedi.make_optimizer(args, network, None, decay, replay.device),
@@ -178,7 +208,9 @@ def make_pixel(args: jedi.Args, replay: jedi.ReplayBuffer, sample_batch: int) ->
 MAKE = {"jedi": make_jedi, "pixel": make_pixel}
 
 
-def context_of(args: jedi.Args, replay: jedi.ReplayBuffer, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def context_of(
+    args: jedi.Args, replay: jedi.ReplayBuffer, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Frames (count, N, 64, 64, 3) and actions (count, N) to sample from."""
     windows = replay.all_windows(args.context_frames, stride=1, count=count)
     index = torch.arange(count, device=replay.device) % len(windows.frames)
@@ -189,7 +221,9 @@ def update_args(args: jedi.Args, quick: bool) -> jedi.Args:
     """The same with small batches and a short horizon for the short form."""
     if not quick:
         return args
-    return dataclasses.replace(args, batch_size=min(args.batch_size, QUICK_BATCH), horizon=QUICK_HORIZON)
+    return dataclasses.replace(
+        args, batch_size=min(args.batch_size, QUICK_BATCH), horizon=QUICK_HORIZON
+    )
 
 
 # --- measuring
@@ -205,12 +239,18 @@ def seconds_of(call: Callable, device: torch.device, count: int) -> float:
     return (time.perf_counter() - begun) / count
 
 
-def time_in_turns(calls: dict[str, Callable], device: torch.device, count: int) -> dict[str, Timing]:
+def time_in_turns(
+    calls: dict[str, Callable], device: torch.device, count: int
+) -> dict[str, Timing]:
     """Warm every call up, then time all of them `count` times, in turns, so that a slow minute hits all alike."""
     inner, seconds = {}, {name: [] for name in calls}
     for name, call in calls.items():
         first = seconds_of(call, device, 1)  # compiles, allocates
-        again = seconds_of(call, device, 1) if first < 5 * SECONDS_PER_TIMING or device.type == "cuda" else first
+        again = (
+            seconds_of(call, device, 1)
+            if first < 5 * SECONDS_PER_TIMING or device.type == "cuda"
+            else first
+        )
         inner[name] = max(1, round(SECONDS_PER_TIMING / again))
     for _ in range(count):
         for name, call in calls.items():
@@ -218,23 +258,32 @@ def time_in_turns(calls: dict[str, Callable], device: torch.device, count: int) 
     return {name: Timing(statistics.median(s), min(s), max(s)) for name, s in seconds.items()}
 
 
-def one_update(side: Side, name: str, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: bool) -> Callable:
+def one_update(
+    side: Side, name: str, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: bool
+) -> Callable:
     """A call that draws a batch and makes one update of a part, as training does."""
     part = side.parts[name]
-    return lambda: jedi.update(side.agent, part, part.sample(replay), args.warmup_updates + 1, args, bf16)
+    return lambda: jedi.update(
+        side.agent, part, part.sample(replay), args.warmup_updates + 1, args, bf16
+    )
 
 
 def as_in_training(call: Callable, side: Side, device: torch.device, bf16: bool) -> Callable:
     """The call in the precision of an update, with what is compiled there."""
 
     def wrapped():
-        with side.parts["policy"].compiled, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with (
+            side.parts["policy"].compiled,
+            torch.autocast(device.type, torch.bfloat16, enabled=bf16),
+        ):
             return call()
 
     return wrapped
 
 
-def side_calls(side: Side, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: bool) -> dict[str, Callable]:
+def side_calls(
+    side: Side, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: bool
+) -> dict[str, Callable]:
     """What is timed of a side."""
     start = side.parts["policy"].sample(replay)
     calls = {
@@ -247,7 +296,10 @@ def side_calls(side: Side, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: boo
 def matrix_product(device: torch.device, bf16: bool) -> tuple[Callable, float]:
     """A large matrix product and its FLOP: what the machine can do at most."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32) for _ in range(2))
+    a, b = (
+        torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+        for _ in range(2)
+    )
     return lambda: a @ b, 2.0 * n**3
 
 
@@ -261,7 +313,10 @@ def flop_of(call: Callable) -> float:
 def environment_rate(args: jedi.Args, device: torch.device) -> dict[str, float]:
     """Steps per second of the game alone, and of collecting with JEDI's policy."""
     collector = jedi.Collector(args)
-    agent, replay = jedi.Agent(int(collector.env.action_space.n), args).to(device), jedi.ReplayBuffer(2_000, device)
+    agent, replay = (
+        jedi.Agent(int(collector.env.action_space.n), args).to(device),
+        jedi.ReplayBuffer(2_000, device),
+    )
     collect = seconds_of(lambda: collector.step(agent, replay, device), device, 200)
     env = jedi.make_env(args)
     env.reset(seed=0)
@@ -275,26 +330,36 @@ def environment_rate(args: jedi.Args, device: torch.device) -> dict[str, float]:
     return {"collect_steps_per_second": 1 / collect, "game_steps_per_second": 1 / game}
 
 
-def memory_of(name: str, args: jedi.Args, sample_batch: int, device: torch.device, bf16: bool) -> int:
+def memory_of(
+    name: str, args: jedi.Args, sample_batch: int, device: torch.device, bf16: bool
+) -> int:
     """Peak bytes of one side that samples and makes each update, in this process."""
     replay = make_replay(args, device)
     side = MAKE[name](args, replay, sample_batch)
     for call in side_calls(side, replay, args, bf16).values():
         call()
-    one_update(side, "diffusion", replay, args, bf16)()  # again: all optimisers have their state by now
+    one_update(
+        side, "diffusion", replay, args, bf16
+    )()  # again: all optimisers have their state by now
     return jedi.peak_memory(device)
 
 
 def memory_in_child(name: str, options: argparse.Namespace) -> int:
     """`memory_of` in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", name, "--device", options.device]
-    command += ["--precision", options.precision, "--compile" if options.compile else "--no-compile"]
+    command += [
+        "--precision",
+        options.precision,
+        "--compile" if options.compile else "--no-compile",
+    ]
     command += ["--env-id", options.env_id, "--threads", str(options.threads)]
     command += ["--quick"] if options.quick else []
     command += ["--batch-size", str(options.batch_size)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise jedi.RunFailed(f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise jedi.RunFailed(
+            f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}"
+        )
     return int(done.stdout.split()[-1])
 
 
@@ -316,17 +381,26 @@ def measure(options: argparse.Namespace, args: jedi.Args, device: torch.device, 
     product, product_flop = matrix_product(device, bf16)
     calls = {"matrix product": product}
     for name, side in sides.items():
-        calls |= {f"{name} {what}": call for what, call in side_calls(side, replay, args, bf16).items()}
-    calls = {name: calls[name] for name in sorted(calls, key=lambda n: n.split()[-1])}  # the two sides by turns
+        calls |= {
+            f"{name} {what}": call for what, call in side_calls(side, replay, args, bf16).items()
+        }
+    calls = {
+        name: calls[name] for name in sorted(calls, key=lambda n: n.split()[-1])
+    }  # the two sides by turns
     timing = time_in_turns(calls, device, repeats(options, device))
     eager = dataclasses.replace(args, compile=False)
     flop = {name: flop_of(make(eager, replay, sample_batch).sample) for name, make in MAKE.items()}
     environment = environment_rate(args, device)
     memory = {name: memory_in_child(name, options) for name in SIDES}
-    by_side = {name: {w: timing[f"{name} {w}"] for w in ("sample", "imagine", *UPDATES)} for name in SIDES}
+    by_side = {
+        name: {w: timing[f"{name} {w}"] for w in ("sample", "imagine", *UPDATES)} for name in SIDES
+    }
     rate = product_flop / timing["matrix product"].median
     shares = {name: flop[name] / by_side[name]["sample"].median / rate for name in SIDES}
-    hours = {name: projected_hours(args, by_side[name], environment["collect_steps_per_second"]) for name in SIDES}
+    hours = {
+        name: projected_hours(args, by_side[name], environment["collect_steps_per_second"])
+        for name in SIDES
+    }
     updates = {name: sum(by_side[name][w].median for w in UPDATES) for name in SIDES}
     return {
         **describe_run(args, device, bf16, repeats(options, device)),
@@ -334,7 +408,9 @@ def measure(options: argparse.Namespace, args: jedi.Args, device: torch.device, 
         "update_batch_size": args.batch_size,
         "horizon": args.horizon,
         "parameters": {name: side.counts for name, side in sides.items()},
-        "seconds": {name: {w: t.as_dict() for w, t in times.items()} for name, times in by_side.items()},
+        "seconds": {
+            name: {w: t.as_dict() for w, t in times.items()} for name, times in by_side.items()
+        },
         "updates_seconds": updates,
         "memory_bytes": memory,
         "sample_flop": flop,
@@ -390,7 +466,9 @@ def profile(options: argparse.Namespace, args: jedi.Args, device: torch.device, 
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     timing = time_in_turns({n: one_update(side, n, replay, args, bf16) for n in UPDATES}, device, 3)
-    seconds = {"collect": args.epoch_steps / environment_rate(args, device)["collect_steps_per_second"]}
+    seconds = {
+        "collect": args.epoch_steps / environment_rate(args, device)["collect_steps_per_second"]
+    }
     seconds |= {name: getattr(args, f"{name}_updates") * timing[name].median for name in UPDATES}
     operators = {}
     for name in UPDATES:
@@ -407,12 +485,16 @@ def profile(options: argparse.Namespace, args: jedi.Args, device: torch.device, 
     }
 
 
-def operator_shares(trace: torch.profiler.profile, device: torch.device, count: int = 8) -> dict[str, float]:
+def operator_shares(
+    trace: torch.profiler.profile, device: torch.device, count: int = 8
+) -> dict[str, float]:
     """The operators that take the largest shares of a trace's time, on the device that computes."""
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     times = {event.key: getattr(event, key) for event in trace.key_averages()}
     total = sum(times.values())
-    return {name: times[name] / total for name in sorted(times, key=times.get, reverse=True)[:count]}
+    return {
+        name: times[name] / total for name in sorted(times, key=times.get, reverse=True)[:count]
+    }
 
 
 def profile_table(result: dict) -> str:
@@ -421,7 +503,8 @@ def profile_table(result: dict) -> str:
     rows = [["part of an epoch", "seconds", "share", "operators"], ["---", "---:", "---:", "---"]]
     for name, seconds in result["epoch_seconds"].items():
         parts = [
-            f"{key.removeprefix('aten::')} {share:.0%}" for key, share in result["operators"].get(name, {}).items()
+            f"{key.removeprefix('aten::')} {share:.0%}"
+            for key, share in result["operators"].get(name, {}).items()
         ]
         rows.append([name, f"{seconds:,.1f}", f"{seconds / total:.1%}", ", ".join(parts)])
     return markdown(rows)
@@ -461,11 +544,20 @@ def growth(options: argparse.Namespace, args: jedi.Args, device: torch.device, b
 
 def growth_table(result: dict) -> str:
     """Rows: what is done; columns: records in the replay."""
-    rows = [["milliseconds", *(f"{records:,} records" for records in GROWTH)], ["---", *["---:"] * len(GROWTH)]]
+    rows = [
+        ["milliseconds", *(f"{records:,} records" for records in GROWTH)],
+        ["---", *["---:"] * len(GROWTH)],
+    ]
     for what in (*(f"{name} batch" for name in UPDATES), "diffusion update"):
         times = [result["seconds"][f"{what}, {records:,} records"] for records in GROWTH]
         rows.append(
-            [what, *(f"{t['median'] * 1000:.2f} ({t['min'] * 1000:.2f} to {t['max'] * 1000:.2f})" for t in times)]
+            [
+                what,
+                *(
+                    f"{t['median'] * 1000:.2f} ({t['min'] * 1000:.2f} to {t['max'] * 1000:.2f})"
+                    for t in times
+                ),
+            ]
         )
     return markdown(rows)
 
@@ -527,7 +619,9 @@ def without_whole_sequences():
     kept = jedi.RewardTerminationModel.features
 
     def stepwise(self, z, actions):
-        steps = [kept(self, z[:, t : t + 2], actions[:, t : t + 1]) for t in range(actions.shape[1])]
+        steps = [
+            kept(self, z[:, t : t + 2], actions[:, t : t + 1]) for t in range(actions.shape[1])
+        ]
         return torch.cat(steps, dim=1)
 
     jedi.RewardTerminationModel.features = stepwise
@@ -547,7 +641,9 @@ WITHOUT = {
 }
 
 
-def leave_one_out(options: argparse.Namespace, args: jedi.Args, device: torch.device, bf16: bool) -> dict:
+def leave_one_out(
+    options: argparse.Namespace, args: jedi.Args, device: torch.device, bf16: bool
+) -> dict:
     """The three updates and a sample with each optimisation left out."""
     sample_batch, args = args.batch_size, update_args(args, options.quick)
     replay, calls = make_replay(args, device), {}
@@ -555,14 +651,20 @@ def leave_one_out(options: argparse.Namespace, args: jedi.Args, device: torch.de
     if bf16:
         variants["bf16"] = (contextlib.nullcontext, args, False)
     if args.compile:
-        variants["compile"] = (contextlib.nullcontext, dataclasses.replace(args, compile=False), bf16)
+        variants["compile"] = (
+            contextlib.nullcontext,
+            dataclasses.replace(args, compile=False),
+            bf16,
+        )
     for name, (context, variant_args, variant_bf16) in variants.items():
         with context():
             side = make_jedi(variant_args, replay, sample_batch)
         made = side_calls(side, replay, variant_args, variant_bf16)
         for what in ("sample", *UPDATES):
             calls[f"{what}, {name}"] = within(context, made[what])
-    calls = {name: calls[name] for name in sorted(calls, key=lambda n: n.split(",")[0])}  # the variants by turns
+    calls = {
+        name: calls[name] for name in sorted(calls, key=lambda n: n.split(",")[0])
+    }  # the variants by turns
     timing = time_in_turns(calls, device, repeats(options, device))
     return {
         **describe_run(args, device, bf16, repeats(options, device)),
@@ -587,7 +689,10 @@ def leave_one_out_table(result: dict) -> str:
     """Rows: what is left out; columns: times, and how much longer they are than with everything."""
     first, *_ = result["variants"]
     columns = ("sample", *UPDATES)
-    rows = [["left out", *(f"{c} update" if c in UPDATES else c for c in columns)], ["---", *["---:"] * len(columns)]]
+    rows = [
+        ["left out", *(f"{c} update" if c in UPDATES else c for c in columns)],
+        ["---", *["---:"] * len(columns)],
+    ]
     for name in result["variants"]:
         cells = []
         for what in columns:
@@ -616,11 +721,18 @@ def table(result: dict) -> str:
 
     def row(title: str, what: str) -> list[str]:
         medians = [result["seconds"][name][what]["median"] for name in SIDES]
-        return [title, *(cell(name, what) for name in SIDES), f"{medians[1] / medians[0]:.1f} times faster"]
+        return [
+            title,
+            *(cell(name, what) for name in SIDES),
+            f"{medians[1] / medians[0]:.1f} times faster",
+        ]
 
     counts, ratios, memory = result["parameters"], result["ratios"], result["memory_bytes"]
     updates, shares = result["updates_seconds"], result["sample_matrix_rate_share"]
-    batch, hours = result["update_batch_size"], (result["projected_hours"], result["projected_hours_pixel"])
+    batch, hours = (
+        result["update_batch_size"],
+        (result["projected_hours"], result["projected_hours_pixel"]),
+    )
     three = [f"{updates[name] * milli:,.1f} ms" for name in SIDES]
     rows = [
         ["", "JEDI", "pixel diffusion", "JEDI is"],
@@ -630,8 +742,16 @@ def table(result: dict) -> str:
         row(f"imagined trajectory of {result['horizon']} steps, batch {batch}", "imagine"),
         *(row(f"{name} update, batch {batch}", name) for name in UPDATES),
         ["the three updates", *three, f"{ratios['updates']:.1f} times faster"],
-        ["peak memory", *(f"{memory[name] / 2**30:.2f} GiB" for name in SIDES), f"at {ratios['memory']:.0%} of its"],
-        ["FLOP of a sample", *(f"{result['sample_flop'][name] / 1e9:,.1f} G" for name in SIDES), ""],
+        [
+            "peak memory",
+            *(f"{memory[name] / 2**30:.2f} GiB" for name in SIDES),
+            f"at {ratios['memory']:.0%} of its",
+        ],
+        [
+            "FLOP of a sample",
+            *(f"{result['sample_flop'][name] / 1e9:,.1f} G" for name in SIDES),
+            "",
+        ],
         ["sampler's share of the matrix rate", *(f"{shares[name]:.0%}" for name in SIDES), ""],
         [f"a full run of 100k steps, batch {batch}", *(f"{h:,.1f} h" for h in hours), ""],
     ]
@@ -642,7 +762,9 @@ def show(result: dict, text: str) -> None:
     """Print a table and where it was measured."""
     print(f"{result['device']}, {result['threads']} threads, {result['precision']}, ", end="")
     print(f"compile {'on' if result['compile'] else 'off'}, commit {result['git_commit']}")
-    print(f"medians of {result['repeats']} timings in turns; in brackets the smallest and the largest\n\n{text}")
+    print(
+        f"medians of {result['repeats']} timings in turns; in brackets the smallest and the largest\n\n{text}"
+    )
     if "ratios" in result:
         print(f"\nmatrix product {result['matrix_flop_per_second'] / 1e9:,.0f} GFLOP/s; ", end="")
         print(f"the game {result['game_steps_per_second']:,.0f} steps/s, ", end="")
@@ -655,7 +777,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, device, bf16 = settings(options)
         if options.memory_of:
-            print(memory_of(options.memory_of, update_args(args, options.quick), args.batch_size, device, bf16))
+            print(
+                memory_of(
+                    options.memory_of,
+                    update_args(args, options.quick),
+                    args.batch_size,
+                    device,
+                    bf16,
+                )
+            )
             return 0
         question, make_table = measure, table
         if options.profile:
@@ -669,7 +799,9 @@ def main(argv: list[str] | None = None) -> int:
         show(result, text)
         if options.profile:
             jedi.write_atomically(options.profile / "epoch.md", (text + "\n").encode())
-            print(f"\ntraces for chrome://tracing or ui.perfetto.dev: {options.profile}/<update>.json")
+            print(
+                f"\ntraces for chrome://tracing or ui.perfetto.dev: {options.profile}/<update>.json"
+            )
         if options.json:
             jedi.write_json(options.json, result)
     except jedi.BadInput as error:

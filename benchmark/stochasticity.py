@@ -47,7 +47,9 @@ def sampler(start: str):
     """`sample_next_latent` of the script, from a first noise of unit variance or of level sigma_max."""
 
     def sample(agent, context, actions, args):
-        return jedi.sample_next_latent(agent, context, actions, dataclasses.replace(args, sample_start=start))
+        return jedi.sample_next_latent(
+            agent, context, actions, dataclasses.replace(args, sample_start=start)
+        )
 
     return sample
 
@@ -80,14 +82,18 @@ def train_world_model(args: jedi.Args, updates: int, steps: int) -> tuple[jedi.A
 
 
 @torch.no_grad()
-def skill(agent: jedi.Agent, heldout: jedi.ReplayBuffer, args: jedi.Args, start: str) -> dict[str, float]:
+def skill(
+    agent: jedi.Agent, heldout: jedi.ReplayBuffer, args: jedi.Args, start: str
+) -> dict[str, float]:
     """Error of latents imagined 1 and 5 steps ahead over that of "nothing changes"."""
     n = args.context_frames
     windows = heldout.all_windows(n + 5, stride=1, count=96)
     z = agent.encode(windows.frames)
     original, jedi.sample_next_latent = jedi.sample_next_latent, sampler(start)
     try:
-        imagined = jedi.open_loop(agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args)
+        imagined = jedi.open_loop(
+            agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args
+        )
     finally:
         jedi.sample_next_latent = original
     error = (imagined - z[:, n:]).square().mean((0, 2, 3, 4))
@@ -114,7 +120,9 @@ def situations(args: jedi.Args, seed: int, count: int, draws: int) -> list[Situa
         if len(frames) >= n and since >= 25:
             past = torch.from_numpy(np.stack(frames[-n:]))
             taken = torch.tensor([*actions[len(actions) - n + 1 :], action])
-            found.append(Situation(past, taken, torch.from_numpy(outcomes(env, action, draws, seed))))
+            found.append(
+                Situation(past, taken, torch.from_numpy(outcomes(env, action, draws, seed)))
+            )
             since = 0
         frame, _, terminated, truncated, info = env.step(action)
         frames.append(frame)
@@ -181,9 +189,24 @@ def measure(game: str, chance: str, options: argparse.Namespace) -> list[dict]:
     for steps, churn, start in itertools.product(STEPS, CHURNS, STARTS):
         setting = dataclasses.replace(args, sample_steps=steps, s_churn=churn)
         torch.manual_seed(0)
-        row = {"game": game, "chance": chance, "sample_steps": steps, "s_churn": churn, "start": start, "loss": loss}
-        rows.append({**row, **skill(agent, heldout, setting, start), **spread(agent, moments, setting, start)})
-    print(f"{game} {chance}: diffusion loss {loss:.3f}, {time.monotonic() - begun:.0f} s", flush=True)
+        row = {
+            "game": game,
+            "chance": chance,
+            "sample_steps": steps,
+            "s_churn": churn,
+            "start": start,
+            "loss": loss,
+        }
+        rows.append(
+            {
+                **row,
+                **skill(agent, heldout, setting, start),
+                **spread(agent, moments, setting, start),
+            }
+        )
+    print(
+        f"{game} {chance}: diffusion loss {loss:.3f}, {time.monotonic() - begun:.0f} s", flush=True
+    )
     return rows
 
 
@@ -199,8 +222,20 @@ def table(rows: list[dict]) -> str:
         return "" if value is None else f"{value:.2f}"
 
     for row in rows:
-        cells = [row["game"], row["chance"], str(row["sample_steps"]), f"{row['s_churn']:g}", row["start"]]
-        keys = ("skill_1", "skill_5", "spread_ratio", "spread_rank_correlation", "spread_share_of_change")
+        cells = [
+            row["game"],
+            row["chance"],
+            str(row["sample_steps"]),
+            f"{row['s_churn']:g}",
+            row["start"],
+        ]
+        keys = (
+            "skill_1",
+            "skill_5",
+            "spread_ratio",
+            "spread_rank_correlation",
+            "spread_share_of_change",
+        )
         lines.append("| " + " | ".join(cells + [show(row[key]) for key in keys]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -214,19 +249,29 @@ def picture(rows: list[dict], path: Path) -> None:
 
     games = sorted({row["game"] for row in rows})
     settings = [(3, 0.0, "unit"), (3, 1.0, "unit"), (3, 1.0, "sigma_max"), (10, 1.0, "sigma_max")]
-    figure, axes = plt.subplots(len(games), len(settings), figsize=(13, 3.9 * len(games)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(games), len(settings), figsize=(13, 3.9 * len(games)), squeeze=False
+    )
     for game, line in zip(games, axes, strict=True):
         chosen = [r for r in rows if r["game"] == game and r["chance"] == "stochastic"]
         limit = 1.08 * max(max(r["spread_true"] + r["spread_model"]) for r in chosen)
         for axis, (steps, churn, start) in zip(line, settings, strict=True):
-            row = next(r for r in chosen if (r["sample_steps"], r["s_churn"], r["start"]) == (steps, churn, start))
+            row = next(
+                r
+                for r in chosen
+                if (r["sample_steps"], r["s_churn"], r["start"]) == (steps, churn, start)
+            )
             axis.plot([0, limit], [0, limit], color="0.6", linewidth=1)
             axis.scatter(row["spread_true"], row["spread_model"], s=18, color="#0072B2", alpha=0.8)
             axis.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
-            axis.set_title(f"{game}, {steps} sampling steps\nchurn {churn:g}, start {start}", fontsize=9)
+            axis.set_title(
+                f"{game}, {steps} sampling steps\nchurn {churn:g}, start {start}", fontsize=9
+            )
             axis.set_xlabel("true spread", fontsize=9)
         line[0].set_ylabel("the model's spread", fontsize=9)
-    figure.suptitle("Standard deviation of the next latent at saved states: a model that knows lies on the line")
+    figure.suptitle(
+        "Standard deviation of the next latent at saved states: a model that knows lies on the line"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -239,22 +284,34 @@ def write_up(rows: list[dict], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--games", nargs="+", default=["Pong", "Breakout"])
     parser.add_argument("--updates", type=int, default=350, help="diffusion updates")
     parser.add_argument("--steps", type=int, default=4_000, help="environment steps trained on")
-    parser.add_argument("--situations", type=int, default=24, help="states at which the spread is measured")
-    parser.add_argument("--draws", type=int, default=32, help="draws of chance, and samples, at each")
+    parser.add_argument(
+        "--situations", type=int, default=24, help="states at which the spread is measured"
+    )
+    parser.add_argument(
+        "--draws", type=int, default=32, help="draws of chance, and samples, at each"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/stochasticity"))
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--redraw", action="store_true", help="make table and picture again from the figures in --out")
+    parser.add_argument(
+        "--redraw",
+        action="store_true",
+        help="make table and picture again from the figures in --out",
+    )
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.redraw:
         write_up(json.loads((options.out / "stochasticity.json").read_text())["rows"], options.out)
         return
-    rows = [row for game in options.games for chance in CHANCE for row in measure(game, chance, options)]
+    rows = [
+        row for game in options.games for chance in CHANCE for row in measure(game, chance, options)
+    ]
     options.out.mkdir(parents=True, exist_ok=True)
     about = {
         "updates": options.updates,

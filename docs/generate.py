@@ -68,7 +68,9 @@ def lines_of_names(source: str) -> dict[str, int]:
         for node in body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 lines.setdefault(prefix + node.name, node.lineno)
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            targets = (
+                node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            )
             for target in targets:
                 for name in target.elts if isinstance(target, ast.Tuple) else [target]:
                     if isinstance(name, ast.Name):
@@ -87,10 +89,14 @@ def link_lines(text: str, page: Path) -> str:
         name, target = match[1].strip("`"), match[2]
         file = (page.parent / target).resolve()
         if not file.is_file():
-            raise Broken(f"{page.relative_to(ROOT)}: a link leads to {target}, which does not exist")
+            raise Broken(
+                f"{page.relative_to(ROOT)}: a link leads to {target}, which does not exist"
+            )
         lines = lines_of_names(file.read_text())
         if match[1] != f"`{name}`" or name not in lines:
-            raise Broken(f"{page.relative_to(ROOT)}: {target} has no function, class or constant {match[1]}")
+            raise Broken(
+                f"{page.relative_to(ROOT)}: {target} has no function, class or constant {match[1]}"
+            )
         return f"[`{name}`]({target}#L{lines[name]})"
 
     return LINK.sub(fix, text)
@@ -121,7 +127,9 @@ def hyperparameters(module) -> list[Hyperparameter]:
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    (args,) = (n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args")
+    (args,) = (
+        n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args"
+    )
     types, result, group, line = typing.get_type_hints(module.Args), [], "", args.lineno
     for node in args.body:
         if not isinstance(node, ast.AnnAssign):
@@ -129,12 +137,22 @@ def hyperparameters(module) -> list[Hyperparameter]:
         for above in range(line, node.lineno):
             group = comments[above][4:] if comments.get(above, "").startswith("--- ") else group
         line, name, comment = node.lineno, node.target.id, comments.get(node.lineno, "")
-        letters = [x for found in re.findall(r"\[([PDEC](?:, [PDEC])*)\]", comment) for x in found.split(", ")]
+        letters = [
+            x
+            for found in re.findall(r"\[([PDEC](?:, [PDEC])*)\]", comment)
+            for x in found.split(", ")
+        ]
         meaning = re.sub(r" \[[PDEC](, [PDEC])*\]$", "", comment)
-        meaning = re.sub(r"(?<!\S)(--[\w-]+|\S*<\S+|[a-z]+_[a-z_]+)", r"`\1`", meaning)  # flags, paths and names
+        meaning = re.sub(
+            r"(?<!\S)(--[\w-]+|\S*<\S+|[a-z]+_[a-z_]+)", r"`\1`", meaning
+        )  # flags, paths and names
         choices = typing.get_args(types[name])
         by_device = isinstance(node.value, ast.Call)
-        result.append(Hyperparameter(name, group, meaning, ", ".join(dict.fromkeys(letters)), choices, by_device))
+        result.append(
+            Hyperparameter(
+                name, group, meaning, ", ".join(dict.fromkeys(letters)), choices, by_device
+            )
+        )
     return result
 
 
@@ -149,7 +167,9 @@ def shown(value) -> str:
 
 def hyperparameter_tables() -> str:
     """One table per group: flag, the paper preset's value, other presets' where they differ, meaning, sources."""
-    presets = {name: jedi.Args(**{**changes, "preset": name}) for name, changes in jedi.PRESETS.items()}
+    presets = {
+        name: jedi.Args(**{**changes, "preset": name}) for name, changes in jedi.PRESETS.items()
+    }
     others = [name for name in presets if name != "paper"]
     head = f"| flag | paper | {' | '.join(others)} | meaning | source |\n|---|---|{'---|' * len(others)}---|---|\n"
     text = ""
@@ -218,7 +238,11 @@ def span(values: dict[str, list[float]]) -> str:
     if short(least) == short(most):
         return short(least)
     apart = max(values[low]) < min(values[high]) and (least <= 0 or most > 2 * least)
-    return f"{short(least)} ({low}) to {short(most)} ({high})" if apart else f"{short(least)} to {short(most)}"
+    return (
+        f"{short(least)} ({low}) to {short(most)} ({high})"
+        if apart
+        else f"{short(least)} to {short(most)}"
+    )
 
 
 def finished_runs() -> dict[str, list[tuple[str, list[dict]]]]:
@@ -234,7 +258,13 @@ def finished_runs() -> dict[str, list[tuple[str, list[dict]]]]:
 def runs_table(prefix: str) -> str:
     """Of each key under `prefix/`: its first and its last value in each setting's runs."""
     runs = finished_runs()
-    keys = {key: None for played in runs.values() for _, lines in played for line in lines for key in line}
+    keys = {
+        key: None
+        for played in runs.values()
+        for _, lines in played
+        for line in lines
+        for key in line
+    }
     keys = [k for k in keys if k.startswith(f"{prefix}/")]
     keys = [k for k in keys if not LONG.match(k) or int(LONG.match(k)[1]) in jedi.REPORTED_HORIZONS]
     heads = [f"{setting}, {when}" for setting in runs for when in ("first", "last")]
@@ -242,7 +272,9 @@ def runs_table(prefix: str) -> str:
     for key in keys:
         cells = []
         for played in runs.values():
-            series = [(game, [line[key] for line in lines if key in line]) for game, lines in played]
+            series = [
+                (game, [line[key] for line in lines if key in line]) for game, lines in played
+            ]
             once = all(len(values) < 2 for _, values in series)
             for at in (0, -1):
                 values: dict[str, list[float]] = {}
@@ -261,7 +293,9 @@ def metrics_page(text: str) -> str:
         for setting, played in finished_runs().items()
     }
     tables = {"settings": "; ".join(counts.values()) + ".\n"}
-    return RUNS.sub(lambda m: m[1] + (tables[m[2]] if m[2] in tables else runs_table(m[2])) + m[3], text)
+    return RUNS.sub(
+        lambda m: m[1] + (tables[m[2]] if m[2] in tables else runs_table(m[2])) + m[3], text
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,7 +304,10 @@ def metrics_page(text: str) -> str:
 
 STEPS, GAME_LENGTH = 400, 100  # of play, and of one game
 STEP = 60  # of which the frame is looked at: the ball is in play
-FIRST, UPDATES = 4, 40  # updates of the denoiser: those looked at one by one, and all before the section on sampling
+FIRST, UPDATES = (
+    4,
+    40,
+)  # updates of the denoiser: those looked at one by one, and all before the section on sampling
 DREAM = 227  # seed of the dreams: in one of them there are rewards of both signs, then an end
 
 
@@ -306,7 +343,9 @@ def begin_walk() -> Walk:
     """A fresh agent of the tiny preset's sizes, and some random play of Pong."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
-    changes = dict(preset="tiny", device="cpu", compile=False, threads=1, max_episode_steps=GAME_LENGTH)
+    changes = dict(
+        preset="tiny", device="cpu", compile=False, threads=1, max_episode_steps=GAME_LENGTH
+    )
     args = jedi.Args(**{**jedi.PRESETS["tiny"], **changes})
     jedi.seed_everything(args.seed)
     game = jedi.make_env(args)
@@ -335,13 +374,21 @@ def g3(x: float | Tensor) -> str:
 
 def agree(mine: float | Tensor, program: float | Tensor) -> str:
     """Three digits of what was worked out here, which must be what the program has."""
-    torch.testing.assert_close(torch.as_tensor(mine), torch.as_tensor(program), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        torch.as_tensor(mine), torch.as_tensor(program), rtol=1e-3, atol=1e-6
+    )
     return g3(mine)
 
 
 def row(*cells) -> str:
     """A row of a table."""
-    return "| " + " | ".join(c if isinstance(c, str) else str(c) if isinstance(c, int) else g3(c) for c in cells) + " |"
+    return (
+        "| "
+        + " | ".join(
+            c if isinstance(c, str) else str(c) if isinstance(c, int) else g3(c) for c in cells
+        )
+        + " |"
+    )
 
 
 def norm(gradients: list[Tensor | None]) -> float:
@@ -373,7 +420,9 @@ def walk_frame(walk: Walk) -> str:
     before, after = walk.frames
     third, fourth = walk.raw[-2:]
     assert len(walk.raw) == walk.args.frame_skip
-    mine = cv2.resize(np.maximum(third, fourth), (jedi.IMAGE_SIZE,) * 2, interpolation=cv2.INTER_AREA)
+    mine = cv2.resize(
+        np.maximum(third, fourth), (jedi.IMAGE_SIZE,) * 2, interpolation=cv2.INTER_AREA
+    )
     assert (mine == after).all()
     return f"""## 1. A frame
 
@@ -460,12 +509,18 @@ def walk_noise(walk: Walk) -> str:
     c = jedi.precondition(levels, args.sigma_data, args.sigma_offset)
     wide = torch.sqrt(levels**2 + args.sigma_offset**2)
     total = wide**2 + args.sigma_data**2
-    mine = (1 / total.sqrt(), wide * args.sigma_data / total.sqrt(), args.sigma_data**2 / total, wide.log() / 4)
+    mine = (
+        1 / total.sqrt(),
+        wide * args.sigma_data / total.sqrt(),
+        args.sigma_data**2 / total,
+        wide.log() / 4,
+    )
     for by_hand, program in zip(mine, c, strict=True):
         torch.testing.assert_close(by_hand, program.flatten())
     names = ("the smallest", "of window 0", "the largest")
     rows = "\n".join(
-        row(name, levels[i], wide[i], c.c_in[i], c.c_skip[i], c.c_out[i], c.c_noise[i]) for i, name in enumerate(names)
+        row(name, levels[i], wide[i], c.c_in[i], c.c_skip[i], c.c_out[i], c.c_noise[i])
+        for i, name in enumerate(names)
     )
     return f"""## 4. A noise level
 
@@ -496,7 +551,9 @@ def walk_loss(walk: Walk) -> str:
         torch.rand(())  # the coin of random switching
         c = jedi.precondition(sigma, args.sigma_data, args.sigma_offset)
         wanted = (target - c.c_skip * noisy) / c.c_out
-        output = agent.denoiser(c.c_in * noisy, c.c_noise, z[:, i : i + n], batch.actions[:, i : i + n])
+        output = agent.denoiser(
+            c.c_in * noisy, c.c_noise, z[:, i : i + n], batch.actions[:, i : i + n]
+        )
         assert not output.any()
         errors.append(wanted.square().mean((1, 2, 3)))
         if i == 0:
@@ -535,14 +592,30 @@ and by hand the mean over all {int(real.sum())} real targets of the batch is
 def update(walk: Walk, name: str, number: int, batch: jedi.Windows) -> dict[str, Tensor]:
     """One update of a part; notes for the last table how far the weights of each network moved."""
     agent = walk.agent
-    networks = {"encoder": agent.encoder, "denoiser": agent.denoiser, "reward": agent.reward, "policy": agent.policy}
+    networks = {
+        "encoder": agent.encoder,
+        "denoiser": agent.denoiser,
+        "reward": agent.reward,
+        "policy": agent.policy,
+    }
     before = copy.deepcopy(agent.state_dict())
     metrics = jedi.update(agent, walk.parts[name], batch, number, walk.args, bf16=False)
     moved = [
-        max((p.detach() - before[f"{network}.{key}"]).abs().max() for key, p in networks[network].named_parameters())
+        max(
+            (p.detach() - before[f"{network}.{key}"]).abs().max()
+            for key, p in networks[network].named_parameters()
+        )
         for network in networks
     ]
-    walk.moved.append((f"{name} {number + 1}", metrics["loss"], metrics["grad_norm"], walk.parts[name].clip, *moved))
+    walk.moved.append(
+        (
+            f"{name} {number + 1}",
+            metrics["loss"],
+            metrics["grad_norm"],
+            walk.parts[name].clip,
+            *moved,
+        )
+    )
     return metrics
 
 
@@ -553,7 +626,9 @@ def walk_gradients(walk: Walk) -> str:
         torch.manual_seed(number + 1)
         metrics = update(walk, "diffusion", number, batch)
         last = norm([p.grad for p in denoiser.conv_out.parameters()])
-        rest = norm([p.grad for name, p in denoiser.named_parameters() if not name.startswith("conv_out")])
+        rest = norm(
+            [p.grad for name, p in denoiser.named_parameters() if not name.startswith("conv_out")]
+        )
         rows.append(row(number + 1, metrics["loss"], gradient_norm(walk.agent.encoder), rest, last))
     table = "\n".join(rows)
     return f"""## 6. Gradients
@@ -580,7 +655,9 @@ def gradient_by_frame(walk: Walk, switch_prob: float) -> list[float]:
 
     agent.encoder.register_forward_hook(keep)
     torch.manual_seed(5)
-    loss, _ = jedi.diffusion_loss(agent, walk.batch, dataclasses.replace(walk.args, switch_prob=switch_prob))
+    loss, _ = jedi.diffusion_loss(
+        agent, walk.batch, dataclasses.replace(walk.args, switch_prob=switch_prob)
+    )
     loss.backward()
     return [norm([kept[0].grad[:, t]]) for t in range(kept[0].shape[1])]
 
@@ -589,7 +666,9 @@ def walk_switching(walk: Walk) -> str:
     tails, heads = gradient_by_frame(walk, 0.0), gradient_by_frame(walk, 1.0)
     assert tails[-1] == heads[-1] == heads[-2] == 0 < tails[-2]
     n = walk.args.context_frames
-    names = [f"context {t + 1}" for t in range(n)] + [f"target {t + 1}" for t in range(len(tails) - n)]
+    names = [f"context {t + 1}" for t in range(n)] + [
+        f"target {t + 1}" for t in range(len(tails) - n)
+    ]
     return f"""## 7. Stop-gradient and random switching
 
 Where does the loss reach the encoder? Norm of the gradient at the latents of each frame of the window, after these
@@ -608,7 +687,9 @@ output does, detached, as it will in imagination. Context 1 gets less because it
 
 
 @torch.no_grad()
-def sampler_trace(walk: Walk, agent: jedi.Agent, windows: jedi.Windows) -> tuple[list[list[float]], float, float]:
+def sampler_trace(
+    walk: Walk, agent: jedi.Agent, windows: jedi.Windows
+) -> tuple[list[list[float]], float, float]:
     """The steps of `sample_next_latent`: standard deviations of latent, denoised latent and next latent; then the
     error of the sample, and that of saying that nothing changes."""
     args, n = walk.args, walk.args.context_frames
@@ -616,15 +697,25 @@ def sampler_trace(walk: Walk, agent: jedi.Agent, windows: jedi.Windows) -> tuple
     context, target, actions = z[:, :n], z[:, n], windows.actions[:, :n]
     torch.manual_seed(1)
     sample, trace = jedi.noise_like(target), []
-    sigmas = jedi.karras_sigmas(args.sample_steps, args.sample_sigma_min, args.sample_sigma_max, args.sample_rho)
+    sigmas = jedi.karras_sigmas(
+        args.sample_steps, args.sample_sigma_min, args.sample_sigma_max, args.sample_rho
+    )
     for sigma, following in itertools.pairwise(sigmas):
-        denoised = jedi.denoise(agent, sample, torch.full((len(sample),), sigma), context, actions, args)
+        denoised = jedi.denoise(
+            agent, sample, torch.full((len(sample),), sigma), context, actions, args
+        )
         after = sample + (following - sigma) * (sample - denoised) / sigma
-        trace.append([sigma, following, float(sample.std()), float(denoised.std()), float(after.std())])
+        trace.append(
+            [sigma, following, float(sample.std()), float(denoised.std()), float(after.std())]
+        )
         sample = after
     torch.manual_seed(1)
     torch.testing.assert_close(sample, jedi.sample_next_latent(agent, context, actions, args))
-    return trace, float((sample - target).square().mean()), float((context[:, -1] - target).square().mean())
+    return (
+        trace,
+        float((sample - target).square().mean()),
+        float((context[:, -1] - target).square().mean()),
+    )
 
 
 def walk_sampling(walk: Walk, fresh: jedi.Agent) -> str:
@@ -708,7 +799,10 @@ def walk_imagination(walk: Walk) -> tuple[str, jedi.Imagined, jedi.Windows]:
         going_on = going_on & ~dream.ends[:, t]
     stds = [dream.z[:, t].std() for t in (0, 1, args.horizon // 2, args.horizon)]
     counts = numbers(dream.actions.flatten().bincount(minlength=int(walk.game.action_space.n)))
-    none, one = 4 + math.log1p(2 * math.exp(-4)), 4 + math.log1p(math.exp(-4))  # -ln of their probabilities
+    none, one = (
+        4 + math.log1p(2 * math.exp(-4)),
+        4 + math.log1p(math.exp(-4)),
+    )  # -ln of their probabilities
     text = f"""## 10. Imagination
 
 [`imagine`](../jedi_atari.py#L1) starts from the ends of B = {args.batch_size} real windows, {shape(batch.frames)}.
@@ -732,11 +826,15 @@ of them both LSTMs see the other {args.context_frames - 1} frames of the context
     return text, dream, batch
 
 
-def returns_by_hand(rewards: list[float], ends: list[bool], value: float, args: jedi.Args) -> list[float]:
+def returns_by_hand(
+    rewards: list[float], ends: list[bool], value: float, args: jedi.Args
+) -> list[float]:
     """lambda-returns of one trajectory where every state has the same value."""
     result, after = [], value
     for reward, end in zip(reversed(rewards), reversed(ends), strict=True):
-        after = reward + args.gamma * (not end) * ((1 - args.td_lambda) * value + args.td_lambda * after)
+        after = reward + args.gamma * (not end) * (
+            (1 - args.td_lambda) * value + args.td_lambda * after
+        )
         result.append(after)
     return result[::-1]
 
@@ -749,12 +847,21 @@ def walk_returns(walk: Walk, dream: jedi.Imagined) -> str:
     rewards, ends = dream.rewards[one].tolist(), dream.ends[one].tolist()
     columns = []
     for value in (0.0, 0.5):
-        program = jedi.lambda_returns(dream.rewards, dream.ends, values * 0 + value, args.gamma, args.td_lambda)[one]
+        program = jedi.lambda_returns(
+            dream.rewards, dream.ends, values * 0 + value, args.gamma, args.td_lambda
+        )[one]
         columns.append(torch.tensor(returns_by_hand(rewards, ends, value, args)))
         torch.testing.assert_close(columns[-1], program)
     alive = dream.alive[one].int().tolist()
     rows = "\n".join(
-        row(t, int(dream.actions[one, t]), int(rewards[t]), int(ends[t]), alive[t], *(c[t] for c in columns))
+        row(
+            t,
+            int(dream.actions[one, t]),
+            int(rewards[t]),
+            int(ends[t]),
+            alive[t],
+            *(c[t] for c in columns),
+        )
         for t in range(args.horizon)
     )
     t, g = next(t for t in range(args.horizon) if rewards[t]), columns[1]
@@ -778,21 +885,33 @@ it.
 def walk_actor_critic(walk: Walk, dream: jedi.Imagined, batch: jedi.Windows) -> str:
     args, alive = walk.args, dream.alive
     values = torch.zeros(dream.rewards.shape[0], args.horizon + 1)
-    returns = jedi.lambda_returns(dream.rewards, dream.ends, values, args.gamma, args.td_lambda)[alive]
+    returns = jedi.lambda_returns(dream.rewards, dream.ends, values, args.gamma, args.td_lambda)[
+        alive
+    ]
     torch.manual_seed(DREAM)
     metrics = update(walk, "policy", 0, batch)
     entropy = math.log(walk.agent.policy.policy.out_features)
     loss = entropy * returns.mean() + returns.square().mean() - args.entropy_weight * entropy
     names = {
-        "policy_loss": ("-ln pi(a) (G - V), here ln 6 times the mean of G", entropy * returns.mean()),
+        "policy_loss": (
+            "-ln pi(a) (G - V), here ln 6 times the mean of G",
+            entropy * returns.mean(),
+        ),
         "value_loss": ("(V - G)^2, here the mean of G^2", returns.square().mean()),
         "entropy": ("of the policy, here ln 6", entropy),
         "loss": (f"policy_loss + value_loss - {args.entropy_weight} entropy", loss),
     }
     rows = "\n".join(
-        row(f"`{key}`", text, agree(mine, metrics[key]), metrics[key]) for key, (text, mine) in names.items()
+        row(f"`{key}`", text, agree(mine, metrics[key]), metrics[key])
+        for key, (text, mine) in names.items()
     )
-    last = norm([p.grad for head in (walk.agent.policy.policy, walk.agent.policy.value) for p in head.parameters()])
+    last = norm(
+        [
+            p.grad
+            for head in (walk.agent.policy.policy, walk.agent.policy.value)
+            for p in head.parameters()
+        ]
+    )
     lstm = gradient_norm(walk.agent.policy.lstm)
     assert lstm == 0
     return f"""## 12. The actor-critic's loss
@@ -812,7 +931,11 @@ the LSTM behind.
 
 def walk_moves(walk: Walk) -> str:
     args = walk.args
-    kept = [line for line in walk.moved if line[0] in ("diffusion 1", "diffusion 2", "reward 1", "policy 1")]
+    kept = [
+        line
+        for line in walk.moved
+        if line[0] in ("diffusion 1", "diffusion 2", "reward 1", "policy 1")
+    ]
     rows = "\n".join(row(*line) for line in kept)
     first = args.learning_rate / args.warmup_updates
     return f"""## 13. What moved
@@ -849,13 +972,32 @@ What stands there "by hand" was worked out without the function and compared wit
 of the file: z latent, sigma noise level, D denoiser, F its inner network, B batch, T time, H horizon.
 
 """
-    text = [head, walk_frame(walk), walk_window(walk), walk_latents(walk), walk_noise(walk), walk_loss(walk)]
+    text = [
+        head,
+        walk_frame(walk),
+        walk_window(walk),
+        walk_latents(walk),
+        walk_noise(walk),
+        walk_loss(walk),
+    ]
     fresh = after_first_look(walk)
-    text += [walk_gradients(walk), walk_switching(walk), walk_reward(walk), walk_sampling(walk, fresh)]
+    text += [
+        walk_gradients(walk),
+        walk_switching(walk),
+        walk_reward(walk),
+        walk_sampling(walk, fresh),
+    ]
     imagination, dream, batch = walk_imagination(walk)
-    text += [imagination, walk_returns(walk, dream), walk_actor_critic(walk, dream, batch), walk_moves(walk)]
+    text += [
+        imagination,
+        walk_returns(walk, dream),
+        walk_actor_critic(walk, dream, batch),
+        walk_moves(walk),
+    ]
     walk.game.close()
-    return "\n\n".join(filled(block) for part in text for block in part.strip().split("\n\n")) + "\n"
+    return (
+        "\n\n".join(filled(block) for part in text for block in part.strip().split("\n\n")) + "\n"
+    )
 
 
 def filled(block: str) -> str:
@@ -863,19 +1005,26 @@ def filled(block: str) -> str:
     if block.startswith(("|", "#")):
         return block
     glued = re.sub(r"\s(?=[-+*>=/] |\d+[.)] )", "\0", " ".join(block.split()))
-    return textwrap.fill(glued, 145, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
+    return textwrap.fill(glued, 145, break_long_words=False, break_on_hyphens=False).replace(
+        "\0", " "
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
 # ----------------------------------------------------------------------------------------------------------------------
 
-NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")  # not the line in `#L123`
+NUMBER = re.compile(
+    r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?"
+)  # not the line in `#L123`
 
 
 def difference(old: str, new: str) -> str | None:
     """Where two versions of a page first differ, in a word or in a number by more than TOLERANCE; None: nowhere."""
-    words = [[(n, word) for n, line in enumerate(t.splitlines(), 1) for word in line.split()] for t in (old, new)]
+    words = [
+        [(n, word) for n, line in enumerate(t.splitlines(), 1) for word in line.split()]
+        for t in (old, new)
+    ]
     for (line, a), (_, b) in itertools.zip_longest(*words, fillvalue=("end", "nothing")):
         numbers = [[float(x.replace(",", "")) for x in NUMBER.findall(word)] for word in (a, b)]
         close = [math.isclose(x, y, rel_tol=TOLERANCE) for x, y in zip(*numbers, strict=False)]
@@ -911,8 +1060,12 @@ def stale(pages: dict[Path, str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if anything is stale")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if anything is stale"
+    )
     options = parser.parse_args(argv)
     try:
         pages = new_pages()
@@ -926,7 +1079,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     found = stale(pages)
     if found:
-        print(f"docs/generate.py: stale: {', '.join(found)}; run python docs/generate.py", file=sys.stderr)
+        print(
+            f"docs/generate.py: stale: {', '.join(found)}; run python docs/generate.py",
+            file=sys.stderr,
+        )
     return int(bool(found))
 
 

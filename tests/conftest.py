@@ -57,7 +57,10 @@ def one_thread():
 def no_signal_is_ignored():
     """Under nohup the tests ignore SIGHUP, in a script's background SIGINT; a child inherits that, and a shell cannot
     trap what was ignored when it began."""
-    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    for number, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, usual)
 
@@ -83,7 +86,9 @@ def random_agent(args: jedi.Args, num_actions: int, seed: int = 0) -> jedi.Agent
     return network
 
 
-def random_windows(args: jedi.Args, length: int, batch: int = 4, num_actions: int = 5, seed: int = 1) -> jedi.Windows:
+def random_windows(
+    args: jedi.Args, length: int, batch: int = 4, num_actions: int = 5, seed: int = 1
+) -> jedi.Windows:
     """Windows of noise, all real."""
     g = torch.Generator().manual_seed(seed)
     return jedi.Windows(

@@ -14,7 +14,11 @@ DEVICE = torch.device("cpu")
 
 def random_play(args: jedi.Args, steps: int) -> jedi.ReplayBuffer:
     """Steps of uniformly random actions."""
-    env, rng, replay = jedi.make_env(args), np.random.default_rng(args.seed), jedi.ReplayBuffer(2 * steps, DEVICE)
+    env, rng, replay = (
+        jedi.make_env(args),
+        np.random.default_rng(args.seed),
+        jedi.ReplayBuffer(2 * steps, DEVICE),
+    )
     frame, _ = env.reset(seed=args.seed)
     for _ in range(steps):
         action = int(rng.integers(env.action_space.n))
@@ -26,7 +30,9 @@ def random_play(args: jedi.Args, steps: int) -> jedi.ReplayBuffer:
     return replay
 
 
-def train_world_model(args: jedi.Args, steps: int, updates: int) -> tuple[jedi.Agent, jedi.ReplayBuffer]:
+def train_world_model(
+    args: jedi.Args, steps: int, updates: int
+) -> tuple[jedi.Agent, jedi.ReplayBuffer]:
     """Encoder and denoiser, on random play. Over the second half of the updates the learning rate falls to zero: at a
     constant one the imagined probabilities swing from one hundred updates to the next."""
     jedi.seed_everything(args.seed)
@@ -62,7 +68,9 @@ def train_probe(z: torch.Tensor, columns: torch.Tensor, steps: int = 300) -> tor
 
 
 @torch.no_grad()
-def imagined_columns(agent, probe, windows: jedi.Windows, args: jedi.Args, samples: int) -> np.ndarray:
+def imagined_columns(
+    agent, probe, windows: jedi.Windows, args: jedi.Args, samples: int
+) -> np.ndarray:
     """(W, COLUMNS): for each of W windows, the share of samples in which the ball comes to be in each column."""
     n = args.context_frames
     z = agent.encode(windows.frames[:, :n])
@@ -84,7 +92,9 @@ def by_column(values: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return np.stack([values[columns == column].mean(0) for column in range(toys.COLUMNS)])
 
 
-def measure(args: jedi.Args, steps: int, updates: int, settings: list[dict], samples: int = 200, count=150) -> dict:
+def measure(
+    args: jedi.Args, steps: int, updates: int, settings: list[dict], samples: int = 200, count=150
+) -> dict:
     """Total variation for each setting of the sampler, and how well the probe reads true latents.
 
     `each`: mean and largest, over the ball's columns, of the distance of single states' distributions; with 200 samples
@@ -104,11 +114,15 @@ def measure(args: jedi.Args, steps: int, updates: int, settings: list[dict], sam
     columns = ball_columns(windows.frames[:, args.context_frames - 1]).numpy()
     result = {"probe": accuracy, "windows": len(columns)}
     for setting in settings:
-        shares = imagined_columns(agent, probe, windows, dataclasses.replace(args, **setting), samples)
+        shares = imagined_columns(
+            agent, probe, windows, dataclasses.replace(args, **setting), samples
+        )
         each = by_column(total_variation(shares, columns, 0.25), columns)
         pooled = total_variation(by_column(shares, columns), np.arange(toys.COLUMNS), 0.25)
         found = {"each": each, "pooled": pooled}
-        result[str(setting)] = {k: (round(float(v.mean()), 3), round(float(v.max()), 3)) for k, v in found.items()}
+        result[str(setting)] = {
+            k: (round(float(v.mean()), 3), round(float(v.max()), 3)) for k, v in found.items()
+        }
         print(setting, result[str(setting)], by_column(shares, columns)[2].round(2), flush=True)
     print(result)
     return result

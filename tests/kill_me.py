@@ -14,10 +14,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jedi_atari as jedi
 
-PLACES = ("collect", "diffusion", "reward", "policy", "evaluation", "checkpoint", "half", "replace", "link", "never")
+PLACES = (
+    "collect",
+    "diffusion",
+    "reward",
+    "policy",
+    "evaluation",
+    "checkpoint",
+    "half",
+    "replace",
+    "link",
+    "never",
+)
 
 
-LOSSES = {"diffusion": "diffusion_loss", "reward": "reward_termination_loss", "policy": "actor_critic_loss"}
+LOSSES = {
+    "diffusion": "diffusion_loss",
+    "reward": "reward_termination_loss",
+    "policy": "actor_critic_loss",
+}
 
 
 def main() -> int:

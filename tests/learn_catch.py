@@ -67,7 +67,15 @@ def learn_catch(seed: int, run_dir: Path, **changes) -> dict:
     """One run; returns its figures."""
     begun = time.monotonic()
     result = jedi.train(jedi.Args(**{**CATCH, "seed": seed, "run_dir": str(run_dir), **changes}))
-    keys = ("mean_return", "open_loop_ratio", "reward_recall", "peak_memory_bytes", "measures", "updates", "git_commit")
+    keys = (
+        "mean_return",
+        "open_loop_ratio",
+        "reward_recall",
+        "peak_memory_bytes",
+        "measures",
+        "updates",
+        "git_commit",
+    )
     return {
         "seed": seed,
         "seconds": round(time.monotonic() - begun, 1),
@@ -106,7 +114,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder that keeps the last line as seed<N>.json")
-    parser.add_argument("--table", type=Path, metavar="FOLDER", help="show such a folder as a table; train nothing")
+    parser.add_argument(
+        "--table", type=Path, metavar="FOLDER", help="show such a folder as a table; train nothing"
+    )
     args = parser.parse_args()
     if args.table:
         try:

@@ -20,7 +20,9 @@ def batch(micro) -> jedi.Windows:
     return random_windows(micro, micro.context_frames + micro.target_frames)
 
 
-def encoder_gradient(agent: jedi.Agent, batch: jedi.Windows, args: jedi.Args) -> torch.Tensor | None:
+def encoder_gradient(
+    agent: jedi.Agent, batch: jedi.Windows, args: jedi.Args
+) -> torch.Tensor | None:
     """Gradient of the diffusion loss with respect to the encoder's first weights."""
     agent.zero_grad(set_to_none=True)
     torch.manual_seed(0)
@@ -38,9 +40,16 @@ def test_every_variant_makes_finite_updates_and_leaves_the_script_as_it_was(micr
             agent = random_agent(args, 5)
             parts = jedi.make_parts(agent, args, torch.device("cpu"))
             for number in range(2):
-                assert torch.isfinite(jedi.update(agent, parts["diffusion"], batch, number, args, False)["loss"])
-            jedi.update(agent, parts["policy"], random_windows(args, args.context_frames), 0, args, False)
-        after = [getattr(jedi, name) for name in names] + [jedi.Encoder.layers, jedi.LatentNorm.clamp]
+                assert torch.isfinite(
+                    jedi.update(agent, parts["diffusion"], batch, number, args, False)["loss"]
+                )
+            jedi.update(
+                agent, parts["policy"], random_windows(args, args.context_frames), 0, args, False
+            )
+        after = [getattr(jedi, name) for name in names] + [
+            jedi.Encoder.layers,
+            jedi.LatentNorm.clamp,
+        ]
         assert after == before
 
 
@@ -65,7 +74,10 @@ def test_averaged_target(micro, batch):
     batch = jedi.Windows(*(field[:, : args.context_frames + 1] for field in batch))
     losses = {}
     for moved in (False, True):
-        for name, change in (("plain", ablations.contextlib.nullcontext), ("averaged", ablations.averaged_target)):
+        for name, change in (
+            ("plain", ablations.contextlib.nullcontext),
+            ("averaged", ablations.averaged_target),
+        ):
             agent = random_agent(args, 5)
             with change():
                 jedi.diffusion_loss(agent, batch, args)
@@ -80,7 +92,9 @@ def test_averaged_target(micro, batch):
 
 def test_regression_has_no_chance_in_it_and_learns_the_mean(micro):
     """Two futures of one past: regression says their mean, as it must."""
-    args = replace(micro, latent_norm="none", encoder_lr_scale=1e-12, target_frames=1, learning_rate=3e-3)
+    args = replace(
+        micro, latent_norm="none", encoder_lr_scale=1e-12, target_frames=1, learning_rate=3e-3
+    )
     batch = random_windows(args, args.context_frames + 1, batch=2)
     n = args.context_frames
     same = batch.frames.clone()
@@ -92,7 +106,9 @@ def test_regression_has_no_chance_in_it_and_learns_the_mean(micro):
         for number in range(300):
             jedi.update(agent, part, batch, number, args, False)
         z = agent.encode(batch.frames).detach()
-        first, second = (jedi.sample_next_latent(agent, z[:, :n], batch.actions[:, :n], args) for _ in range(2))
+        first, second = (
+            jedi.sample_next_latent(agent, z[:, :n], batch.actions[:, :n], args) for _ in range(2)
+        )
     assert torch.equal(first, second)
     mean = z[:, n].mean(0)
     assert (first[0] - mean).square().mean() < 0.1 * (z[0, n] - mean).square().mean()
@@ -117,8 +133,21 @@ def test_a_run_and_its_table(tmp_path, monkeypatch):
         eval_episodes=1, final_episodes=2, eval_envs=2, max_episode_steps=40,
     )  # fmt: skip
     monkeypatch.setitem(ablations.GAMES, "Catch", ablations.GAMES["Catch"] | small)
-    monkeypatch.setattr(jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01))
-    command = ["--games", "Catch", "--only", "no clamp", "--seeds", "3", "--threads", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(
+        jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01)
+    )
+    command = [
+        "--games",
+        "Catch",
+        "--only",
+        "no clamp",
+        "--seeds",
+        "3",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     out = tmp_path / "centred"
     assert ablations.main(command) == 0
     files = {path.name: path.stat().st_mtime_ns for path in out.glob("*.json")}
@@ -138,7 +167,10 @@ def test_a_run_and_its_table(tmp_path, monkeypatch):
     assert ablations.main([*command, *again]) == 0
     both = tmp_path / "two" / "centred"
     assert json.loads((both / "Catch__no_clamp__3.json").read_text())["pixels"] == found["pixels"]
-    assert json.loads((both / "Catch__nothing_changed__3.json").read_text())["pixels"] != found["pixels"]
+    assert (
+        json.loads((both / "Catch__nothing_changed__3.json").read_text())["pixels"]
+        != found["pixels"]
+    )
     with pytest.raises(SystemExit):
         ablations.main(["--jobs", "0", "--out", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
@@ -154,7 +186,9 @@ def test_no_group_norm_before_the_reward_lstm(agent):
             plain = agent.reward.features(z, actions)
     centred = plain - plain.mean(-1, keepdim=True)
     assert not torch.allclose(plain, normalised, atol=0.1)
-    assert torch.allclose(centred / centred.std(-1, correction=0, keepdim=True), normalised, atol=1e-3)
+    assert torch.allclose(
+        centred / centred.std(-1, correction=0, keepdim=True), normalised, atol=1e-3
+    )
 
 
 @torch.no_grad()
@@ -170,7 +204,9 @@ def test_end_probability(micro):
     torch.manual_seed(0)
     found = {j: ablations.end_probability(agent, z, windows, j, args) for j in (0, k)}
     torch.manual_seed(0)
-    imagined = jedi.open_loop(agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args)
+    imagined = jedi.open_loop(
+        agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args
+    )
     for j, seen in ((0, z), (k, torch.cat([z[:, :n], imagined], dim=1))):
         right = []
         for i in range(len(z)):

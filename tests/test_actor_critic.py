@@ -37,14 +37,20 @@ def test_lambda_returns_against_a_double_loop(lambda_, share_of_ends):
     values = torch.randn(6, 10, generator=g)
     got = jedi.lambda_returns(rewards, ends, values, 0.9, lambda_)
     for b in range(6):
-        naive = naive_returns(rewards[b].tolist(), ends[b].tolist(), values[b].tolist(), 0.9, lambda_)
+        naive = naive_returns(
+            rewards[b].tolist(), ends[b].tolist(), values[b].tolist(), 0.9, lambda_
+        )
         assert got[b].tolist() == pytest.approx(naive, abs=1e-5)
 
 
 def test_lambda_returns_by_hand():
     # Two steps, an end after the first: the second step's reward and value must not reach the first.
     got = jedi.lambda_returns(
-        torch.tensor([[1.0, 5.0]]), torch.tensor([[True, False]]), torch.tensor([[7.0, 7.0, 2.0]]), 0.5, 0.95
+        torch.tensor([[1.0, 5.0]]),
+        torch.tensor([[True, False]]),
+        torch.tensor([[7.0, 7.0, 2.0]]),
+        0.5,
+        0.95,
     )
     assert got.tolist() == [[1.0, 6.0]]
 
@@ -73,7 +79,9 @@ def dream_alone(agent, start, row, args):
         values.append(value.item())
         actions.append(int(logits.argmax()))
         taken = torch.tensor([actions[-n:]])
-        frames.append(jedi.sample_next_latent(agent, torch.stack(frames[-n:])[None], taken, args)[0])
+        frames.append(
+            jedi.sample_next_latent(agent, torch.stack(frames[-n:])[None], taken, args)[0]
+        )
         pair = agent.reward.features(torch.stack(frames[-2:])[None], taken[:, -1:])
         hidden, reward_state = agent.reward.lstm(pair, reward_state)
         reward_logits, end_logits = agent.reward.predict(hidden)
@@ -99,17 +107,23 @@ def test_masked_imagination_equals_a_loop_that_stops(micro, without_chance):
             start = start._replace(actions=start.actions * start.mask)
             dream = jedi.imagine(agent, start, args)
             _, values, _ = agent.policy(dream.z, dream.policy_state)
-            returns = jedi.lambda_returns(dream.rewards, dream.ends, values, args.gamma, args.td_lambda)
+            returns = jedi.lambda_returns(
+                dream.rewards, dream.ends, values, args.gamma, args.td_lambda
+            )
             for row in range(5):
                 rewards, ends, naive_values, actions = dream_alone(agent, start, row, args)
                 steps = len(rewards)
                 lengths.append(steps)
-                assert dream.alive[row].tolist() == [True] * steps + [False] * (args.horizon - steps)
+                assert dream.alive[row].tolist() == [True] * steps + [False] * (
+                    args.horizon - steps
+                )
                 assert dream.actions[row, :steps].tolist() == actions
                 assert dream.rewards[row, :steps].tolist() == rewards
                 expected = naive_returns(rewards, ends, naive_values, args.gamma, args.td_lambda)
                 assert returns[row, :steps].tolist() == pytest.approx(expected, abs=1e-4)
-    assert min(lengths) < args.horizon and max(lengths) > 1  # the test saw trajectories that end and that go on
+    assert (
+        min(lengths) < args.horizon and max(lengths) > 1
+    )  # the test saw trajectories that end and that go on
 
 
 def test_what_follows_an_end_does_not_count(agent, micro, monkeypatch):
@@ -144,7 +158,9 @@ def test_policy_gradient_by_hand(agent, micro, monkeypatch):
     logits, values, _ = agent.policy(dream.z, dream.policy_state)
     advantage = 1.0 - values[0, 0].item()
     expected = advantage * (logits[0, 0].softmax(-1) - torch.eye(5)[dream.actions[0, 0]])
-    torch.testing.assert_close(agent.policy.policy.bias.grad, expected.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        agent.policy.policy.bias.grad, expected.detach(), atol=1e-5, rtol=1e-4
+    )
     assert agent.policy.value.bias.grad.item() == pytest.approx(-2 * advantage, abs=1e-5)
 
 
@@ -152,7 +168,9 @@ def test_entropy_bonus_flattens_the_policy(agent, micro):
     start = random_windows(micro, micro.context_frames, batch=8)
     args = replace(micro, entropy_weight=100.0, learning_rate=3e-3, warmup_updates=1)
     part = jedi.make_parts(agent, args, torch.device("cpu"))["policy"]
-    entropies = [jedi.update(agent, part, start, i, args, False)["entropy"].item() for i in range(30)]
+    entropies = [
+        jedi.update(agent, part, start, i, args, False)["entropy"].item() for i in range(30)
+    ]
     assert entropies[-1] > entropies[0]
 
 

@@ -24,7 +24,12 @@ BENCHMARK, TESTS = ROOT / "benchmark.sh", ROOT / "tests"
 # A whole run, with all its phases, in less than the time that importing PyTorch takes.
 SMALL = {**MICRO, "total_steps": 60, "first_steps_min": 40, "first_steps_max": 40, "final_episodes": 1,
          "max_episode_steps": 20, "heldout_steps": 20}  # fmt: skip
-FLAGS = [x for n, value in SMALL.items() if n not in ("preset", "threads") for x in (jedi.flag(n), str(value))]
+FLAGS = [
+    x
+    for n, value in SMALL.items()
+    if n not in ("preset", "threads")
+    for x in (jedi.flag(n), str(value))
+]
 
 STUB = """
 import json, os, signal, sys, time
@@ -132,9 +137,15 @@ def command(*arguments: str, script: str = "../stub.py") -> list[str]:
     ]
 
 
-def benchmark(*arguments: str, script: str = "../stub.py", **env: str) -> subprocess.CompletedProcess:
+def benchmark(
+    *arguments: str, script: str = "../stub.py", **env: str
+) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(*arguments, script=script), env={**os.environ, **env}, capture_output=True, text=True, timeout=170
+        command(*arguments, script=script),
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=170,
     )
 
 
@@ -164,7 +175,9 @@ def wait_until(condition, what: str, seconds: float = 60) -> None:
 
 def ready(out: Path, *runs: str, times: int = 1):
     """Have these runs come so far that signals find their handlers?"""
-    return lambda: all((out / r / "log.txt").exists() and log(out, r).count("ready") == times for r in runs)
+    return lambda: all(
+        (out / r / "log.txt").exists() and log(out, r).count("ready") == times for r in runs
+    )
 
 
 def log(out: Path, run: str) -> str:
@@ -177,8 +190,13 @@ def attempts(out: Path, run: str) -> int:
 
 def table(*arguments: str, script: str = "../stub.py") -> dict[str, list[str]]:
     """The table of --status: the words of each run's line after game and seed."""
-    lines = [line.split() for line in benchmark("--status", *arguments, script=script).stdout.splitlines()]
-    return {f"{x[0]}/seed{x[1]}": x[2:] for x in lines if len(x) > 2 and x[0] in jedi.REFERENCE_SCORES}
+    lines = [
+        line.split()
+        for line in benchmark("--status", *arguments, script=script).stdout.splitlines()
+    ]
+    return {
+        f"{x[0]}/seed{x[1]}": x[2:] for x in lines if len(x) > 2 and x[0] in jedi.REFERENCE_SCORES
+    }
 
 
 def pid_of(out: Path, run: str) -> int:
@@ -202,29 +220,50 @@ def test_dry_run_prints_130_commands_that_the_script_accepts(script, here):
     commands = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith("env ")]
     module = __import__(Path(script).stem)
     parsed = [module.parse_args(c[c.index(str(ROOT / script)) + 1 :]) for c in commands[::43]]
-    assert [(a.preset, a.batch_size, a.keep_replay, a.threads >= 1) for a in parsed] == [("paper", 64, False, True)] * 4
+    assert [(a.preset, a.batch_size, a.keep_replay, a.threads >= 1) for a in parsed] == [
+        ("paper", 64, False, True)
+    ] * 4
     pairs = {(c[c.index("--env-id") + 1], int(c[c.index("--seed") + 1])) for c in commands}
-    assert pairs == {(game, seed) for game in jedi.REFERENCE_SCORES for seed in range(5)} and len(commands) == 130
+    assert (
+        pairs == {(game, seed) for game in jedi.REFERENCE_SCORES for seed in range(5)}
+        and len(commands) == 130
+    )
     assert "GPU-hours: not measured" in done.stdout and "130 of 130 runs to do" in done.stdout
 
 
 def test_dry_run_estimates_from_an_option_or_from_finished_runs(here):
-    assert "\nrun-hours: 390.0 (130 runs of 3:00:00" in benchmark("--dry-run --hours-per-run 3").stdout
-    packed = benchmark("--dry-run --hours-per-run 3 --runs-per-gpu 3", CUDA_VISIBLE_DEVICES="0,1").stdout
+    assert (
+        "\nrun-hours: 390.0 (130 runs of 3:00:00" in benchmark("--dry-run --hours-per-run 3").stdout
+    )
+    packed = benchmark(
+        "--dry-run --hours-per-run 3 --runs-per-gpu 3", CUDA_VISIBLE_DEVICES="0,1"
+    ).stdout
     assert "\nGPU-hours: 130.0 (" in packed and "6 at once, 3 on each of 2 GPUs" in packed
     assert benchmark("--games Pong --seeds 0-1 --out o").returncode == 0
     after = benchmark("--dry-run --games Pong --seeds 0-4 --out o").stdout
-    assert "# Pong/seed0: done" in after and "\nrun-hours: 6.0 (3 runs of 2:00:00 each, the mean" in after
+    assert (
+        "# Pong/seed0: done" in after
+        and "\nrun-hours: 6.0 (3 runs of 2:00:00 each, the mean" in after
+    )
 
 
 def test_dry_run_of_a_job_array_needs_no_slurm_and_writes_nothing(here):
     options = "--partition p --account a --time 1-00:00:00 --gpus a100:2 --runs-per-gpu 3 --slurm-arg=--qos=high"
     done = benchmark(f"--slurm --dry-run --threads 2 --max-tasks 4 {options}")
     assert done.returncode == 0 and not list(here.iterdir())
-    for word in ("sbatch", "--array=0-21%4", "--gres=gpu:a100:2", "--cpus-per-task=12", "--requeue", "--qos=high"):
+    for word in (
+        "sbatch",
+        "--array=0-21%4",
+        "--gres=gpu:a100:2",
+        "--cpus-per-task=12",
+        "--requeue",
+        "--qos=high",
+    ):
         assert word in done.stdout
     tasks = [line.split()[2:] for line in done.stdout.splitlines() if line.startswith("task ")]
-    assert [len(task) for task in tasks] == [6] * 21 + [4] and len({run for task in tasks for run in task}) == 130
+    assert [len(task) for task in tasks] == [6] * 21 + [4] and len(
+        {run for task in tasks for run in task}
+    ) == 130
     assert "--gres=shard:1" in benchmark("--slurm --dry-run --shards 1").stdout
 
 
@@ -247,7 +286,10 @@ BAD = [
     ("--seeds 99999999999", "2147483647"),
     ("--seeds 1,0-2", "1 twice"),
     ("--no-such-option", "unknown option --no-such-option"),
-    ("--batch-size 64", "unknown option --batch-size; --help lists them, and arguments of the script go after --"),
+    (
+        "--batch-size 64",
+        "unknown option --batch-size; --help lists them, and arguments of the script go after --",
+    ),
     ("stray", "stray argument 'stray'"),
     ("--status=yes", "takes no value"),
     ("--jobs 0", "--jobs is '0'"),
@@ -285,7 +327,11 @@ BAD = [
 def test_bad_input_is_one_line_and_nothing_is_written(arguments, says, here):
     done = benchmark(arguments)
     assert done.returncode == 2 and done.stdout == "", done
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("benchmark.sh: error: ") and says in done.stderr
+    assert (
+        done.stderr.count("\n") == 1
+        and done.stderr.startswith("benchmark.sh: error: ")
+        and says in done.stderr
+    )
     assert not list(here.iterdir())
 
 
@@ -306,12 +352,22 @@ def test_what_the_script_would_refuse_is_refused_before_any_run(arguments, says,
 def test_a_folder_that_may_not_be_written(here):
     (here / "o").mkdir(mode=0o555)
     user = ["setpriv", "--reuid=65534", "--clear-groups"] if os.getuid() == 0 else []
-    own = ["--script", str(here.parent / "stub.py"), "--python", "/bin/true", "--out", str(here / "o")]
+    own = [
+        "--script",
+        str(here.parent / "stub.py"),
+        "--python",
+        "/bin/true",
+        "--out",
+        str(here / "o"),
+    ]
     if user:
         for folder in (here, *here.parents[:-2]):
             folder.chmod(folder.stat().st_mode | 0o011)
     done = subprocess.run([*user, str(BENCHMARK), *own], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "") and "cannot be written: no permission" in done.stderr, done
+    assert (done.returncode, done.stdout) == (
+        2,
+        "",
+    ) and "cannot be written: no permission" in done.stderr, done
     assert not list((here / "o").iterdir())
 
 
@@ -322,7 +378,9 @@ def test_the_games_are_those_of_the_script():
 
 def test_help_names_every_option(here):
     done = benchmark("--help")
-    known = set(re.findall(r"^ +(--[a-z-]+)(?: \| -h)?\)", BENCHMARK.read_text(), re.M)) - {"--task"}
+    known = set(re.findall(r"^ +(--[a-z-]+)(?: \| -h)?\)", BENCHMARK.read_text(), re.M)) - {
+        "--task"
+    }
     assert done.returncode == 0 and len(known) >= 20
     assert [option for option in known if option not in done.stdout] == []
 
@@ -334,25 +392,44 @@ def test_finished_failed_and_killed_runs(here):
     arguments = "--games Pong,Krull --seeds 0-2 --jobs 3 --out o"
     first = benchmark(arguments, STUB="Krull/seed0=crash Krull/seed1=kill Krull/seed2=nothing")
     assert first.returncode == 1 and "3 of 6 done, 0 running, 3 failed" in first.stdout
-    assert "failed: Krull/seed0 (status 3), " in first.stdout and "    the reason of the crash\n" in first.stdout
-    assert "failed: Krull/seed1 (status 137" in first.stdout and "failed: Krull/seed2 (status 0" in first.stdout
+    assert (
+        "failed: Krull/seed0 (status 3), " in first.stdout
+        and "    the reason of the crash\n" in first.stdout
+    )
+    assert (
+        "failed: Krull/seed1 (status 137" in first.stdout
+        and "failed: Krull/seed2 (status 0" in first.stdout
+    )
     states = table("--games Pong,Krull --seeds 0-2 --out o")
-    assert states["Pong/seed0"][:4] == ["done", "7.5", "0.250", "2:00:00"] and states["Krull/seed1"][0] == "failed"
+    assert (
+        states["Pong/seed0"][:4] == ["done", "7.5", "0.250", "2:00:00"]
+        and states["Krull/seed1"][0] == "failed"
+    )
     (here / "o/Krull/seed1/checkpoint.pt").touch()
     second = benchmark(arguments)
-    assert second.returncode == 0 and "6 of 6 done" in second.stdout and "failed:" not in second.stdout
-    counts = {run: attempts(here / "o", run) for run in ("Pong/seed0", "Krull/seed0", "Krull/seed1")}
+    assert (
+        second.returncode == 0 and "6 of 6 done" in second.stdout and "failed:" not in second.stdout
+    )
+    counts = {
+        run: attempts(here / "o", run) for run in ("Pong/seed0", "Krull/seed0", "Krull/seed1")
+    }
     assert counts == {"Pong/seed0": 1, "Krull/seed0": 2, "Krull/seed1": 2}
-    assert "--resume" in log(here / "o", "Krull/seed1") and "--resume" not in log(here / "o", "Krull/seed0")
+    assert "--resume" in log(here / "o", "Krull/seed1") and "--resume" not in log(
+        here / "o", "Krull/seed0"
+    )
     assert benchmark(f"--status {arguments.replace('--jobs 3', '')}").returncode == 0
 
 
 def test_time_left(here):
     # From what a run takes, as far as nobody knows better: one that has just begun, and two to come.
     shown = benchmark("--games Pong --seeds 0-2 --out o --hours-per-run 1").stdout
-    assert re.match(r"0 done, 1 running, 0 failed, 2 waiting, time left: (3:00:00|2:59:5\d)\n", shown), shown
+    assert re.match(
+        r"0 done, 1 running, 0 failed, 2 waiting, time left: (3:00:00|2:59:5\d)\n", shown
+    ), shown
     # From what a run says of itself, and then from what the finished ones took.
-    shown = benchmark("--games Krull --seeds 0-2 --out o --jobs 2", STUB="Krull/seed0=slow", SECONDS_EACH="2").stdout
+    shown = benchmark(
+        "--games Krull --seeds 0-2 --out o --jobs 2", STUB="Krull/seed0=slow", SECONDS_EACH="2"
+    ).stdout
     assert "1 done, 2 running, 0 failed, 0 waiting, time left: 1 d 02:00:00\n" in shown
     assert "3 done, 0 running, 0 failed, 0 waiting, time left: 0:00\n" in shown
 
@@ -367,7 +444,10 @@ def test_each_gpu_has_its_runs(here):
         # As many as asked for, not one more, and not one after the other.
         together = [sum(a["begun"] <= b["begun"] < a["ended"] for a in mine) for b in mine]
         assert len(mine) >= 2 and max(together) == 2, (device, together)
-    assert benchmark("--games Pong --seeds 7 --out o --jobs 2", CUDA_VISIBLE_DEVICES="3").returncode == 0
+    assert (
+        benchmark("--games Pong --seeds 7 --out o --jobs 2", CUDA_VISIBLE_DEVICES="3").returncode
+        == 0
+    )
     assert "ready  " in log(here / "o", "Pong/seed7")  # --jobs: on no GPU
 
 
@@ -376,7 +456,9 @@ def test_threads_are_shared_out(here):
     benchmark("--games Pong --seeds 0 --out o --jobs 2")
     benchmark("--games Pong --seeds 1 --out o --jobs 2 --threads 3")
     assert f"--threads {max(1, cores // 2)} " in log(here / "o", "Pong/seed0")
-    assert "--threads 3 " in log(here / "o", "Pong/seed1") and "ready  3" in log(here / "o", "Pong/seed1")
+    assert "--threads 3 " in log(here / "o", "Pong/seed1") and "ready  3" in log(
+        here / "o", "Pong/seed1"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
@@ -385,13 +467,22 @@ def test_a_signal_stops_the_runs_in_order_and_a_second_call_carries_on(number, h
     pool = begin(arguments, STUB=" ".join(f"{run}=hold" for run in runs))
     wait_until(ready(here / "o", *runs), "the runs")
     pids = [pid_of(here / "o", run) for run in runs]
-    assert {state[0] for run, state in table("--games Pong --seeds 0-3 --out o").items() if run in runs} == {"running"}
+    assert {
+        state[0] for run, state in table("--games Pong --seeds 0-3 --out o").items() if run in runs
+    } == {"running"}
     os.killpg(pool.pid, number)
     out, err = pool.communicate(timeout=30)
-    assert pool.returncode == 128 + number and f"stopped by {number.name}; the same call again" in err
+    assert (
+        pool.returncode == 128 + number and f"stopped by {number.name}; the same call again" in err
+    )
     assert "failed:" not in out and not any(alive(pid) for pid in pids)
     states = table("--games Pong --seeds 0-3 --out o")
-    assert [states[f"Pong/seed{k}"][0] for k in range(4)] == ["stopped", "stopped", "waiting", "waiting"]
+    assert [states[f"Pong/seed{k}"][0] for k in range(4)] == [
+        "stopped",
+        "stopped",
+        "waiting",
+        "waiting",
+    ]
     second = benchmark(arguments)
     assert second.returncode == 0 and "4 of 4 done" in second.stdout
     assert all(log(here / "o", run).count("--resume") == 1 for run in runs)
@@ -413,7 +504,8 @@ def test_ctrl_c_at_any_moment(here):
     for k in range(8):
         out = here / f"o{k}"
         pool = begin(
-            f"--games Pong --seeds 0-2 --jobs 3 --out {out}", STUB=" ".join(f"Pong/seed{n}=hold" for n in range(3))
+            f"--games Pong --seeds 0-2 --jobs 3 --out {out}",
+            STUB=" ".join(f"Pong/seed{n}=hold" for n in range(3)),
         )
         wait_until((out / "Pong/seed0/log.txt").exists, "the pool to begin")
         time.sleep(k * 0.05)
@@ -427,7 +519,11 @@ def test_a_killed_guard_stops_the_runs_in_order(here):
     pool = begin("--games Pong --seeds 0 --out o", STUB="Pong/seed0=hold")
     wait_until(ready(here / "o", "Pong/seed0"), "the run")
     other = benchmark("--games Pong --seeds 1 --out o")
-    assert other.returncode == 2 and "another benchmark.sh is at work" in other.stderr and other.stdout == ""
+    assert (
+        other.returncode == 2
+        and "another benchmark.sh is at work" in other.stderr
+        and other.stdout == ""
+    )
     pool.kill()
     out, _ = pool.communicate(timeout=30)
     assert "0 of 1 done, 0 running" in out and (here / "o/Pong/seed0/checkpoint.pt").exists()
@@ -443,9 +539,15 @@ def test_runs_of_a_killed_pool_are_left_alone(here):
     os.kill(parent, signal.SIGKILL)
     pool.communicate()
     try:
-        assert pool.returncode == 137 and alive(orphan) and table(arguments)["Pong/seed0"][0] == "running"
+        assert (
+            pool.returncode == 137
+            and alive(orphan)
+            and table(arguments)["Pong/seed0"][0] == "running"
+        )
         second = benchmark(arguments)
-        assert second.returncode == 1 and "Pong/seed0 is being run by another process" in second.stderr
+        assert (
+            second.returncode == 1 and "Pong/seed0 is being run by another process" in second.stderr
+        )
         assert "1 of 2 done, 1 running" in second.stdout and attempts(here / "o", "Pong/seed0") == 1
     finally:
         os.kill(orphan, signal.SIGKILL)
@@ -470,7 +572,11 @@ def test_a_spoilt_result_is_unfinished_and_named(spoil, says, here):
     spoilt = spoil(path.read_text())
     path.write_text(spoilt)
     shown = benchmark("--status", arguments)
-    assert shown.returncode == 1 and f"result.json {says}" in shown.stdout and "stopped" in shown.stdout
+    assert (
+        shown.returncode == 1
+        and f"result.json {says}" in shown.stdout
+        and "stopped" in shown.stdout
+    )
     assert path.read_text() == spoilt  # looking changes nothing
     again = benchmark(arguments)
     assert again.returncode == 0 and f"Pong/seed0: result.json {says}" in again.stderr
@@ -481,13 +587,19 @@ def test_a_spoilt_result_is_unfinished_and_named(spoil, says, here):
 def test_a_spoilt_result_whose_replay_was_deleted_begins_anew(here):
     arguments, folder = "--games Pong --seeds 0 --out o", here / "o/Pong/seed0"
     assert benchmark(arguments).returncode == 0
-    (folder / "checkpoint.pt").write_text("the first try")  # a finished run keeps it, but not its replay.bin
+    (folder / "checkpoint.pt").write_text(
+        "the first try"
+    )  # a finished run keeps it, but not its replay.bin
     (folder / "result.json").write_text("{")
     again = benchmark(arguments)
     assert again.returncode == 0 and "its recorded play is gone, so it begins anew" in again.stderr
-    assert "--resume" not in log(here / "o", "Pong/seed0") and not (folder / "checkpoint.pt").exists()
+    assert (
+        "--resume" not in log(here / "o", "Pong/seed0") and not (folder / "checkpoint.pt").exists()
+    )
     (kept,) = (here / "o/Pong").glob("broken-seed0-*")
-    assert (kept / "checkpoint.pt").read_text() == "the first try" and not (kept / "result.json").exists()
+    assert (kept / "checkpoint.pt").read_text() == "the first try" and not (
+        kept / "result.json"
+    ).exists()
 
 
 def test_runs_of_other_arguments_are_not_mixed(here):
@@ -533,7 +645,10 @@ def cluster(slurm, here, monkeypatch):
 
 def queue() -> dict[str, str]:
     """Tasks that SLURM knows of, and their states."""
-    return dict(line.split() for line in ask("squeue", "--noheader", "--array", "--format=%i %T").splitlines())
+    return dict(
+        line.split()
+        for line in ask("squeue", "--noheader", "--array", "--format=%i %T").splitlines()
+    )
 
 
 def ask(*words: str) -> str:
@@ -549,13 +664,27 @@ def submit(arguments: str, script: str = "../stub.py", **env: str) -> str:
 
 def test_slurm_packs_runs_and_collects_each_exit_status(cluster):
     arguments = "--games Pong,Krull,Qbert --seeds 0-1 --out o --threads 1"
-    job = submit(f"{arguments} --runs-per-gpu 2", STUB="Krull/seed0=crash Qbert/seed0=kill", SECONDS_EACH="1")
-    assert benchmark("--slurm", arguments).stdout.startswith("nothing to submit")  # all of it is queued already
+    job = submit(
+        f"{arguments} --runs-per-gpu 2", STUB="Krull/seed0=crash Qbert/seed0=kill", SECONDS_EACH="1"
+    )
+    assert benchmark("--slurm", arguments).stdout.startswith(
+        "nothing to submit"
+    )  # all of it is queued already
     wait_until(lambda: not queue(), "the end of the array")
-    codes = [re.search(r"ExitCode=(\S+)", ask("scontrol", "show", "job", f"{job}_{k}"))[1] for k in range(3)]
-    assert codes == ["1:0", "1:0", "0:0"]  # Pong 0 and Krull 0, Qbert 0 and Pong 1, Krull 1 and Qbert 1
+    codes = [
+        re.search(r"ExitCode=(\S+)", ask("scontrol", "show", "job", f"{job}_{k}"))[1]
+        for k in range(3)
+    ]
+    assert codes == [
+        "1:0",
+        "1:0",
+        "0:0",
+    ]  # Pong 0 and Krull 0, Qbert 0 and Pong 1, Krull 1 and Qbert 1
     states = {run: words[0] for run, words in table(arguments).items()}
-    assert [run for run, state in states.items() if state != "done"] == ["Krull/seed0", "Qbert/seed0"]
+    assert [run for run, state in states.items() if state != "done"] == [
+        "Krull/seed0",
+        "Qbert/seed0",
+    ]
     assert {states["Krull/seed0"], states["Qbert/seed0"]} == {"failed"}
     submit(f"{arguments} --runs-per-gpu 2")
     assert [path.read_text() for path in sorted((cluster / "o/slurm").glob("*/tasks.txt"))] == [
@@ -563,11 +692,16 @@ def test_slurm_packs_runs_and_collects_each_exit_status(cluster):
         "Krull/seed0 Qbert/seed0\n",
     ]
     wait_until(lambda: not queue(), "the end of the second array")
-    assert benchmark("--status", arguments).returncode == 0 and attempts(cluster / "o", "Pong/seed0") == 1
+    assert (
+        benchmark("--status", arguments).returncode == 0
+        and attempts(cluster / "o", "Pong/seed0") == 1
+    )
 
 
 def test_slurm_shards_share_a_gpu(cluster):
-    submit("--games Pong,Krull,Hero,Qbert --seeds 0-1 --out o --threads 1 --shards 1", SECONDS_EACH="2")
+    submit(
+        "--games Pong,Krull,Hero,Qbert --seeds 0-1 --out o --threads 1 --shards 1", SECONDS_EACH="2"
+    )
     wait_until(lambda: not queue(), "the end of the array")
     spans = [json.loads(path.read_text()) for path in (cluster / "o").glob("*/*/span.json")]
     together = [sum(a["begun"] <= b["begun"] < a["ended"] for a in spans) for b in spans]
@@ -578,14 +712,18 @@ def test_slurm_shards_share_a_gpu(cluster):
 def test_slurm_refuses(cluster):
     done = benchmark("--slurm --games Pong --seeds 0 --out o --partition nowhere")
     assert (
-        done.returncode == 1 and "invalid partition" in done.stderr.lower() and "nothing was submitted" in done.stderr
+        done.returncode == 1
+        and "invalid partition" in done.stderr.lower()
+        and "nothing was submitted" in done.stderr
     )
     assert not list((cluster / "o/slurm").iterdir())
     submit("--games Pong --seeds 0 --out o --threads 1", STUB="Pong/seed0=hold")
     (cluster / "bin").mkdir()  # a controller that does not answer
     (cluster / "bin/squeue").write_text("#!/bin/sh\nexit 1\n")
     (cluster / "bin/squeue").chmod(0o755)
-    done = benchmark("--slurm --games Pong --seeds 0-1 --out o", PATH=f"{cluster / 'bin'}:{os.environ['PATH']}")
+    done = benchmark(
+        "--slurm --games Pong --seeds 0-1 --out o", PATH=f"{cluster / 'bin'}:{os.environ['PATH']}"
+    )
     assert done.returncode == 1 and "squeue does not answer; nothing was submitted" in done.stderr
 
 
@@ -668,7 +806,9 @@ def test_a_run_of_an_interrupted_pool_comes_to_what_a_plain_run_comes_to(plain, 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_run_that_fails_shows_its_reason(here):
-    done = benchmark("--games Pong --seeds 0 --preset tiny --out o -- --device cuda:0", script="jedi_atari.py")
+    done = benchmark(
+        "--games Pong --seeds 0 --preset tiny --out o -- --device cuda:0", script="jedi_atari.py"
+    )
     assert done.returncode == 1 and "failed: Pong/seed0 (status 2)" in done.stdout
     assert "--device cuda:0: PyTorch sees 0 CUDA devices here" in done.stdout
 
@@ -693,7 +833,9 @@ def test_slurm_requeued_and_cancelled_runs_come_to_what_plain_runs_come_to(plain
     root = os.environ["SLURM_ROOT"]
     subprocess.run([str(TESTS / "slurm_down.sh"), root, "node", node], check=True)
     wait_until(lambda: not any(alive(pid) for pid in pids), "the end of its runs")
-    ask("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crash")  # sooner than SLURM would notice
+    ask(
+        "scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=crash"
+    )  # sooner than SLURM would notice
     subprocess.run([str(TESTS / "slurm_up.sh"), root, "node", node], check=True)
     tell(f"node {node} crashed and is back")
 
@@ -705,7 +847,9 @@ def test_slurm_requeued_and_cancelled_runs_come_to_what_plain_runs_come_to(plain
         (out / run / "held").unlink()
     # ... until somebody submits again, which queues what is missing and nothing else.
     second = submit(arguments, script="../held.py", GATE=str(gate))
-    assert [path.read_text() for path in sorted((out / "slurm").glob("*/tasks.txt"))][1] == " ".join(cancelled) + "\n"
+    assert [path.read_text() for path in sorted((out / "slurm").glob("*/tasks.txt"))][
+        1
+    ] == " ".join(cancelled) + "\n"
     tell(f"task {job}_1 was cancelled, and its runs were submitted again as job {second}")
 
     # The task that crashed comes near its time limit: SLURM warns it, and it asks to be queued again.
@@ -723,7 +867,9 @@ def test_slurm_requeued_and_cancelled_runs_come_to_what_plain_runs_come_to(plain
     done = benchmark("--slurm", arguments, script="../held.py")
     assert done.returncode == 0 and done.stdout.startswith("nothing to submit: 3 of 3 done")
     told = "\n".join(path.read_text() for path in (out / "slurm").glob("*/task*.txt"))
-    assert all(f"job {job}_0, restart {k}, GPUs 0: Pong/seed0 Krull/seed0" in told for k in (0, 1, 2)), told
+    assert all(
+        f"job {job}_0, restart {k}, GPUs 0: Pong/seed0 Krull/seed0" in told for k in (0, 1, 2)
+    ), told
     assert [attempts(out, run) for run in crashed + cancelled] == [3, 3, 2]
     assert_same(out, plain)
     tell("all three results are those of plain runs")

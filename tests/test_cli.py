@@ -30,7 +30,9 @@ def test_help_names_every_argument_with_its_default(capsys):
     text = capsys.readouterr().out
     assert stop.value.code in (0, None)
     for field in dataclasses.fields(jedi.Args):
-        assert jedi.flag(field.name) in text or jedi.flag(field.name).replace("--", "--no-", 1) in text
+        assert (
+            jedi.flag(field.name) in text or jedi.flag(field.name).replace("--", "--no-", 1) in text
+        )
     assert text.count("(default:") >= len(dataclasses.fields(jedi.Args))
 
 
@@ -45,10 +47,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(capsys, empty_folder):
     flags = [x for name, value in MICRO.items() for x in (jedi.flag(name), str(value))]
     status, out, err = run(["--dry-run", *flags], capsys)
     assert status == 0 and err == "" and not list(empty_folder.iterdir())
-    for word in ("parameters", "encoder", "total", "epochs", "env steps", "diffusion updates", "replay", "whole run"):
+    for word in (
+        "parameters",
+        "encoder",
+        "total",
+        "epochs",
+        "env steps",
+        "diffusion updates",
+        "replay",
+        "whole run",
+    ):
         assert word in out
     plan = jedi.make_plan(jedi.Args(**MICRO), MICRO["first_steps_min"])
-    assert f"{plan.diffusion:,} x" in out and f"{130 * jedi.ReplayBuffer.RECORD.itemsize:,} bytes" in out
+    assert (
+        f"{plan.diffusion:,} x" in out
+        and f"{130 * jedi.ReplayBuffer.RECORD.itemsize:,} bytes" in out
+    )
 
 
 BAD = [
@@ -58,7 +72,10 @@ BAD = [
     ("--env-id ", "unknown game"),
     ("--env-id Pong/../../etc", "unknown game"),
     ("--env-id ALE/Nothing-v5", "unknown game"),
-    ("--env-id no_module:Game-v0", "module 'no_module' cannot be imported (ModuleNotFoundError: No module named"),
+    (
+        "--env-id no_module:Game-v0",
+        "module 'no_module' cannot be imported (ModuleNotFoundError: No module named",
+    ),
     ("--env-id toys:Game-v0", "unknown game"),
     ("--env-id Pong\x00", "unknown game"),
     ("--env-id P\N{LATIN SMALL LETTER O WITH DIAERESIS}ng", "did you mean Pong"),
@@ -144,7 +161,9 @@ BAD = [
 
 def test_every_number_has_a_range():
     ranged = [name for _, _, names in jedi.RANGES for name in names.split()]
-    numbers = [f.name for f in dataclasses.fields(jedi.Args) if f.type in ("int", "float", int, float)]
+    numbers = [
+        f.name for f in dataclasses.fields(jedi.Args) if f.type in ("int", "float", int, float)
+    ]
     assert sorted(ranged) == sorted(numbers) and len(BAD) >= 60
 
 
@@ -159,14 +178,24 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(argv, says, capsys, emp
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_without_cuda(capsys, empty_folder):
     status, _, err = run(["--device", "cuda"], capsys)
-    assert status == 2 and "--device cuda" in err and err.count("\n") == 1 and not list(empty_folder.iterdir())
+    assert (
+        status == 2
+        and "--device cuda" in err
+        and err.count("\n") == 1
+        and not list(empty_folder.iterdir())
+    )
 
 
 def test_bf16_where_it_is_not_supported(capsys, monkeypatch, empty_folder):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
     status, _, err = run(["--device", "cpu", "--precision", "bf16"], capsys)
-    assert status == 2 and "--precision fp32" in err and err.count("\n") == 1 and not list(empty_folder.iterdir())
+    assert (
+        status == 2
+        and "--precision fp32" in err
+        and err.count("\n") == 1
+        and not list(empty_folder.iterdir())
+    )
     assert jedi.choose_bf16("auto", torch.device("cpu")) is False
 
 
@@ -182,13 +211,24 @@ def test_a_folder_with_a_run_is_not_overwritten(capsys, empty_folder):
     folder = make_run(empty_folder / "old")
     before = {p: p.read_bytes() for p in folder.iterdir()}
     status, _, err = run(["--preset", "tiny", "--run-dir", str(folder)], capsys)
-    assert status == 2 and "--resume" in err and {p: p.read_bytes() for p in folder.iterdir()} == before
+    assert (
+        status == 2
+        and "--resume" in err
+        and {p: p.read_bytes() for p in folder.iterdir()} == before
+    )
 
 
 def test_resume_with_other_arguments_names_them(capsys, empty_folder):
     folder = make_run(empty_folder / "old", seed=3)
-    status, _, err = run(["--resume", "--run-dir", str(folder), "--seed", "4", "--gamma", "0.5"], capsys)
-    assert status == 2 and "--seed (was 3, now 4)" in err and "--gamma" in err and "--horizon" not in err
+    status, _, err = run(
+        ["--resume", "--run-dir", str(folder), "--seed", "4", "--gamma", "0.5"], capsys
+    )
+    assert (
+        status == 2
+        and "--seed (was 3, now 4)" in err
+        and "--gamma" in err
+        and "--horizon" not in err
+    )
 
 
 def test_resume_of_a_finished_run_leaves_its_result(capsys, empty_folder):
@@ -209,7 +249,9 @@ def test_a_broken_checkpoint_is_named(capsys, empty_folder, content):
     folder = make_run(empty_folder / "old")
     (folder / "checkpoint.prev.pt").write_bytes((folder / "checkpoint.pt").read_bytes())
     (folder / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(jedi.BadInput, match=r"checkpoint\.pt was cut short.*mv .*checkpoint\.prev\.pt"):
+    with pytest.raises(
+        jedi.BadInput, match=r"checkpoint\.pt was cut short.*mv .*checkpoint\.prev\.pt"
+    ):
         jedi.load_checkpoint(folder, torch.device("cpu"))
 
 

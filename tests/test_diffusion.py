@@ -86,7 +86,9 @@ def test_sampler_follows_the_exact_solution_for_gaussian_data(micro, monkeypatch
         torch.manual_seed(0)
         z = jedi.sample_next_latent(None, context, None, replace(micro, sample_steps=steps))
         torch.manual_seed(0)
-        start = torch.randn_like(context[:, -1]) * (micro.sample_sigma_max if sample_start == "sigma_max" else 1)
+        start = torch.randn_like(context[:, -1]) * (
+            micro.sample_sigma_max if sample_start == "sigma_max" else 1
+        )
         # The probability-flow ODE of Gaussian data shrinks the distance to the mean by this factor.
         exact = mean + (start - mean) * std / math.sqrt(std**2 + micro.sample_sigma_max**2)
         errors.append((z - exact).abs().mean().item())
@@ -94,7 +96,9 @@ def test_sampler_follows_the_exact_solution_for_gaussian_data(micro, monkeypatch
     assert errors[3] < 0.01 * start.std()
     # Started at sigma_max, samples vary as the data do (but for the little that the schedule leaves out).
     if sample_start == "sigma_max":
-        assert z.mean().item() == pytest.approx(mean, abs=0.07) and z.std().item() == pytest.approx(std, rel=0.05)
+        assert z.mean().item() == pytest.approx(mean, abs=0.07) and z.std().item() == pytest.approx(
+            std, rel=0.05
+        )
 
 
 def test_churn_puts_noise_back(micro, monkeypatch):
@@ -104,7 +108,9 @@ def test_churn_puts_noise_back(micro, monkeypatch):
     spreads = []
     for churn in (0.0, 1.0, 20.0):
         torch.manual_seed(0)
-        z = jedi.sample_next_latent(None, context, None, replace(micro, sample_steps=20, s_churn=churn))
+        z = jedi.sample_next_latent(
+            None, context, None, replace(micro, sample_steps=20, s_churn=churn)
+        )
         spreads.append(z.std().item())
     assert spreads[0] < spreads[1] < spreads[2] < 0.45
 
@@ -160,7 +166,9 @@ def test_centred_clamp_is_the_encoders_range():
     norm.update(0.3 + 0.1 * torch.randn(4, 6, 16, 8, 8), torch.ones(4, 6))
     inside = norm(torch.empty(10, 16, 8, 8).uniform_(-2.99, 2.99))
     assert torch.equal(norm.clamp(inside), inside)
-    torch.testing.assert_close(norm.clamp(torch.full((1, 16, 8, 8), 1e6)), norm(torch.full((1, 16, 8, 8), 3.0)))
+    torch.testing.assert_close(
+        norm.clamp(torch.full((1, 16, 8, 8), 1e6)), norm(torch.full((1, 16, 8, 8), 3.0))
+    )
 
 
 def encoder_gradient(loss: torch.Tensor, agent: jedi.Agent) -> float:
@@ -205,7 +213,9 @@ def contexts_seen(agent, args, monkeypatch) -> list[torch.Tensor]:
     """The newest context latent of the second target, over many batches, with the encoder's own beside it."""
     seen, forward = [], agent.denoiser.forward
     monkeypatch.setattr(
-        agent.denoiser, "forward", lambda x, c, context, a: (seen.append(context), forward(x, c, context, a))[1]
+        agent.denoiser,
+        "forward",
+        lambda x, c, context, a: (seen.append(context), forward(x, c, context, a))[1],
     )
     batch = random_windows(args, args.context_frames + 2)
     own = agent.encode(batch.frames)[:, args.context_frames]
@@ -226,7 +236,8 @@ def test_random_switching_takes_both_branches(micro, monkeypatch, probability, l
     # Whole batches switch: the newest context is the encoder's latent for all rows or for none.
     from_encoder = [torch.allclose(seen, own, atol=1e-5) for seen, own in pairs]
     from_itself = [
-        not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(seen, own, strict=True)) for seen, own in pairs
+        not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(seen, own, strict=True))
+        for seen, own in pairs
     ]
     assert all(a != b for a, b in zip(from_encoder, from_itself, strict=True))
     assert low <= sum(from_itself) <= high
@@ -255,7 +266,11 @@ def test_padding_contributes_no_loss(agent, micro):
     losses = []
     for frames in (batch.frames, changed):
         torch.manual_seed(3)
-        losses.append(jedi.diffusion_loss(random_agent(micro, 5), batch._replace(frames=frames), micro)[0].item())
+        losses.append(
+            jedi.diffusion_loss(random_agent(micro, 5), batch._replace(frames=frames), micro)[
+                0
+            ].item()
+        )
     assert losses[0] == losses[1]
 
 

@@ -43,7 +43,9 @@ spec.loader.exec_module(generate)
 
 def test_what_is_made_from_the_code_is_up_to_date(capsys):
     if not generate.torch.backends.mkl.is_available():
-        pytest.skip("without MKL PyTorch draws other random numbers from the same seed, and the walkthrough is another")
+        pytest.skip(
+            "without MKL PyTorch draws other random numbers from the same seed, and the walkthrough is another"
+        )
     status = generate.main(["--check"])
     assert (status, capsys.readouterr().err) == (0, "")
 
@@ -51,7 +53,13 @@ def test_what_is_made_from_the_code_is_up_to_date(capsys):
 def test_the_check_of_a_page_sees_words_and_numbers():
     page = "a loss of 0.998 after 4,000 steps ([`f`](g.py#L12))"
     assert generate.difference(page, page.replace("0.998", "1.01")) is None
-    for old, new in (("0.998", "1.03"), ("0.998", "-0.998"), ("4,000", "4,100"), ("loss", "gain"), ("#L12", "#L13")):
+    for old, new in (
+        ("0.998", "1.03"),
+        ("0.998", "-0.998"),
+        ("4,000", "4,100"),
+        ("loss", "gain"),
+        ("#L12", "#L13"),
+    ):
         assert generate.difference(page, page.replace(old, new)).startswith("line 1: "), new
     assert generate.difference(page, page + " more") and generate.difference(page + "\nmore", page)
 
@@ -59,10 +67,20 @@ def test_the_check_of_a_page_sees_words_and_numbers():
 def test_links_get_the_line_of_their_name():
     page = ROOT / "docs" / "page.md"
     lines = (ROOT / "jedi_atari.py").read_text().splitlines()
-    for name, begins in (("imagine", "def imagine("), ("Game.step", "    def step("), ("PRESETS", "PRESETS: ")):
-        number = int(re.search(r"#L(\d+)", generate.link_lines(f"[`{name}`](../jedi_atari.py#L1)", page))[1])
+    for name, begins in (
+        ("imagine", "def imagine("),
+        ("Game.step", "    def step("),
+        ("PRESETS", "PRESETS: "),
+    ):
+        number = int(
+            re.search(r"#L(\d+)", generate.link_lines(f"[`{name}`](../jedi_atari.py#L1)", page))[1]
+        )
         assert lines[number - 1].startswith(begins)
-    for wrong in ("[`imagined`](../jedi_atari.py#L1)", "[`Game.jump`](../jedi_atari.py#L1)", "[here](../play.py#L1)"):
+    for wrong in (
+        "[`imagined`](../jedi_atari.py#L1)",
+        "[`Game.jump`](../jedi_atari.py#L1)",
+        "[here](../play.py#L1)",
+    ):
         with pytest.raises(generate.Broken, match=r"docs/page.md: .* has no function"):
             generate.link_lines(wrong, page)
     with pytest.raises(generate.Broken, match="does not exist"):
@@ -71,7 +89,9 @@ def test_links_get_the_line_of_their_name():
 
 def test_every_argument_is_in_the_table_with_its_group_and_source():
     fields = generate.hyperparameters(jedi)
-    assert [field.name for field in fields] == [field.name for field in dataclasses.fields(jedi.Args)]
+    assert [field.name for field in fields] == [
+        field.name for field in dataclasses.fields(jedi.Args)
+    ]
     by_name = {field.name: field for field in fields}
     horizon, norm = by_name["horizon"], by_name["latent_norm"]
     assert (horizon.group, horizon.sources) == ("learning", "P, D") and "[" not in horizon.meaning
@@ -107,17 +127,29 @@ class Everything(gym.Env):
 def run_dir(tmp_path_factory):
     """The folder of a whole run that logs everything that can be logged."""
     gym.register("Everything-v0", Everything)
-    changes = dict(env_id="Everything-v0", max_episode_steps=100, total_steps=110, final_epochs=0, final_episodes=2)
-    args = jedi.Args(**{**MICRO, **changes, "run_dir": str(tmp_path_factory.mktemp("docs") / "run")})
+    changes = dict(
+        env_id="Everything-v0",
+        max_episode_steps=100,
+        total_steps=110,
+        final_epochs=0,
+        final_episodes=2,
+    )
+    args = jedi.Args(
+        **{**MICRO, **changes, "run_dir": str(tmp_path_factory.mktemp("docs") / "run")}
+    )
     init = jedi.RewardTerminationModel.__init__
 
     def sees_ends(model, *args):
         init(model, *args)
-        model.head[-1].bias.data[4] = 4.0  # or no step would be taken for an end, and precision had nothing to count
+        model.head[-1].bias.data[4] = (
+            4.0  # or no step would be taken for an end, and precision had nothing to count
+        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jedi.RewardTerminationModel, "__init__", sees_ends)
-        patch.setattr(jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01))
+        patch.setattr(
+            jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01)
+        )
         jedi.train(args)
     return Path(args.run_dir)
 
@@ -151,7 +183,9 @@ def test_metrics_are_documented_exactly_as_they_are_logged(run_dir, logged):
     assert documented_metrics((ROOT / "docs" / "metrics.md").read_text()) == shown
     assert logged < shown
     for path in ROOT.glob("results/*/*/*/metrics.jsonl"):
-        kept = {key for line in path.read_text().splitlines() for key in json.loads(line)} - {"epoch"}
+        kept = {key for line in path.read_text().splitlines() for key in json.loads(line)} - {
+            "epoch"
+        }
         assert kept <= logged, path
 
 
@@ -169,7 +203,16 @@ def test_every_metric_says_unit_formula_range_and_remedy():
 def test_the_reader_of_metrics_sees_what_is_missing():
     text = "- `a/loss` (none): it\n  is\n- `a/x`, `a/y` (s): b\n- `a/p_<k>`, k = 0, 3 (none): c\n"
     text += "- `a/q_<k>`, k = 1 to 3 (none): d\n"
-    assert documented_metrics(text) == {"a/loss", "a/x", "a/y", "a/p_0", "a/p_3", "a/q_1", "a/q_2", "a/q_3"}
+    assert documented_metrics(text) == {
+        "a/loss",
+        "a/x",
+        "a/y",
+        "a/p_0",
+        "a/p_3",
+        "a/q_1",
+        "a/q_2",
+        "a/q_3",
+    }
 
 
 # --- names
@@ -202,15 +245,23 @@ def defined_in(source: str) -> set[str]:
             names.add(node.arg)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.]+", node.value):
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.fullmatch(r"[\w.]+", node.value)
+        ):
             names.add(node.value)
     return names
 
 
 @pytest.fixture(scope="module")
 def names(run_dir, logged) -> Names:
-    tracked = [p for p in ROOT.rglob("*") if not {".git", "runs", ".venv"} & set(p.relative_to(ROOT).parts)]
-    programs = [p for p in tracked if p.suffix in (".py", ".sh", ".js", ".html") and p != Path(__file__)]
+    tracked = [
+        p for p in ROOT.rglob("*") if not {".git", "runs", ".venv"} & set(p.relative_to(ROOT).parts)
+    ]
+    programs = [
+        p for p in tracked if p.suffix in (".py", ".sh", ".js", ".html") and p != Path(__file__)
+    ]
     python = [p.read_text() for p in programs if p.suffix == ".py"]
     places = [(p, ROOT) for p in tracked] + [(p, run_dir) for p in run_dir.rglob("*")]
     files = {x for p, top in places for x in (p.name, str(p.relative_to(top)))}
@@ -234,7 +285,9 @@ def is_file(span: str, names: Names) -> bool:
 def imports(span: str) -> bool:
     """A name of a library, such as `torch.randn_like`, that is there."""
     module, _, name = span.partition(".")
-    return module in ("torch", "gymnasium", "numpy") and hasattr(importlib.import_module(module), name)
+    return module in ("torch", "gymnasium", "numpy") and hasattr(
+        importlib.import_module(module), name
+    )
 
 
 def unknown(span: str, names: Names) -> str | None:
@@ -243,15 +296,25 @@ def unknown(span: str, names: Names) -> str | None:
     if span in ALLOWED or bare in ALLOWED or re.fullmatch(r"(src|config)/[\w/]+\.(py|yaml)", span):
         return None  # the last are DIAMOND's
     if re.fullmatch(r"--[a-z][\w-]*", span):
-        flags = {jedi.flag(f.name) for script in (jedi, jedi_atari_stochastic) for f in dataclasses.fields(script.Args)}
+        flags = {
+            jedi.flag(f.name)
+            for script in (jedi, jedi_atari_stochastic)
+            for f in dataclasses.fields(script.Args)
+        }
         known = flags | {flag.replace("--", "--no-", 1) for flag in flags}
-        return None if span in known or re.search(rf"{span}(?![\w-])", names.text) else "no such flag"
+        return (
+            None if span in known or re.search(rf"{span}(?![\w-])", names.text) else "no such flag"
+        )
     if re.fullmatch(r"(charts|diffusion|reward|policy|eval|final|wm|time)/[\w*<>]+", span):
         pattern = re.sub(r"<\w+>", "*", span)
         return None if fnmatch.filter(names.metrics, pattern) else "no such metric"
-    if re.fullmatch(r"[\w./*<>-]+\.(py|md|jsonl?|txt|sh|png|gif|pt|bin|csv|svg|toml|ya?ml)|[\w./-]+/", span):
+    if re.fullmatch(
+        r"[\w./*<>-]+\.(py|md|jsonl?|txt|sh|png|gif|pt|bin|csv|svg|toml|ya?ml)|[\w./-]+/", span
+    ):
         return None if is_file(span, names) else "no such file"
-    looks_like_a_name = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", bare) and re.search(r"_|[A-Z][a-z]", bare)
+    looks_like_a_name = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", bare) and re.search(
+        r"_|[A-Z][a-z]", bare
+    )
     if not looks_like_a_name or bare in names.defined or imports(bare):
         return None
     return "no such name"
@@ -284,7 +347,9 @@ def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     found: dict[str, int] = {}
     result = set()
-    for heading in re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M):
+    for heading in re.findall(
+        r"^#+ (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M
+    ):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
         slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
         result.add(f"{slug}-{found[slug]}" if slug in found else slug)
@@ -316,7 +381,13 @@ def test_links_lead_somewhere(page):
 def test_a_broken_link_is_noticed():
     good = '[a](README.md) [b](jedi_atari.py#L5) [c](CONTRIBUTING.md#readability) <img src="LICENSE"> [d](https://example.org/x)'
     assert broken_links(good, ROOT / "README.md") == []
-    bad = ["GONE.md", "jedi_atari.py#L99999", "README.md#no-such-heading", "../elsewhere.md", "gone.png"]
+    bad = [
+        "GONE.md",
+        "jedi_atari.py#L99999",
+        "README.md#no-such-heading",
+        "../elsewhere.md",
+        "gone.png",
+    ]
     text = " ".join(f"[x]({target})" for target in bad[:-1]) + f' <img src="{bad[-1]}">'
     assert broken_links(text, ROOT / "README.md") == bad
 
@@ -339,7 +410,11 @@ def commands_of(text: str) -> list[str]:
     """Commands of a page: the lines of its bash blocks, and inline code that begins like one."""
     blocks = re.findall(r"^```(?:bash|sh)\n(.*?)^```", text, re.M | re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    inline = [span for span in spans_of(text) if re.match(r"(python|pip|bash|tensorboard|ssh|\./\S+\.sh) ", span)]
+    inline = [
+        span
+        for span in spans_of(text)
+        if re.match(r"(python|pip|bash|tensorboard|ssh|\./\S+\.sh) ", span)
+    ]
     return [line for line in lines + inline if line.strip() and not line.lstrip().startswith("#")]
 
 
@@ -425,9 +500,19 @@ def check_benchmark(argv: list[str], folder: Path) -> None:
     module.check_args(module.parse_args(["--preset", preset, *extra]))
     (folder / "empty.py").write_text("")
     only = [] if {"--status", "--dry-run"} & set(argv) else ["--dry-run"]
-    command = [str(ROOT / "benchmark.sh"), *argv, *only, "--script", "empty.py", "--python", sys.executable]
+    command = [
+        str(ROOT / "benchmark.sh"),
+        *argv,
+        *only,
+        "--script",
+        "empty.py",
+        "--python",
+        sys.executable,
+    ]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode in (0, 1) and "error:" not in done.stderr, done.stderr
 
 
@@ -482,7 +567,9 @@ def test_a_command_is_understood(page, line, tmp_path):
     ],
 )
 def test_a_wrong_command_is_noticed(line, tmp_path):
-    with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception, jedi.BadInput, ValueError)):
+    with pytest.raises(
+        (AssertionError, SystemExit, pytest.fail.Exception, jedi.BadInput, ValueError)
+    ):
         for command in split_command(line):
             check_command(command, tmp_path)
 
@@ -490,7 +577,12 @@ def test_a_wrong_command_is_noticed(line, tmp_path):
 def test_commands_are_found_and_split():
     text = "```bash\na 1 && b 2  # not this\n\n# nor this\nX=1 c \\\n  ...\n```\n`python d.py`, `ruff`, ``` e ```\n"
     lines = commands_of(text)
-    assert [c for line in lines for c in split_command(line)] == [["a", "1"], ["b", "2"], ["c"], ["python", "d.py"]]
+    assert [c for line in lines for c in split_command(line)] == [
+        ["a", "1"],
+        ["b", "2"],
+        ["c"],
+        ["python", "d.py"],
+    ]
 
 
 def test_the_readme_is_short():

@@ -17,7 +17,11 @@ ACTIONS = dict(
 
 def bare(game: str) -> gym.Env:
     return gym.make(
-        f"ALE/{game}-v5", frameskip=1, repeat_action_probability=0.0, full_action_space=False, disable_env_checker=True
+        f"ALE/{game}-v5",
+        frameskip=1,
+        repeat_action_probability=0.0,
+        full_action_space=False,
+        disable_env_checker=True,
     )
 
 
@@ -27,7 +31,15 @@ def area_resize(frame: np.ndarray, size: int = 64) -> np.ndarray:
     def overlaps(n):
         edges = np.arange(size + 1) * n / size
         cells = np.arange(n)
-        return np.clip(np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells), 0, None) * size / n
+        return (
+            np.clip(
+                np.minimum(edges[1:, None], cells + 1) - np.maximum(edges[:-1, None], cells),
+                0,
+                None,
+            )
+            * size
+            / n
+        )
 
     h, w, _ = frame.shape
     return np.einsum("yh,hwc,xw->yxc", overlaps(h), frame.astype(float), overlaps(w), optimize=True)
@@ -141,7 +153,9 @@ def test_spellings_of_a_game(spelling):
     assert jedi.resolve_env_id(spelling) == ("ALE/Pong-v5", "Pong")
 
 
-@pytest.mark.parametrize(("typed", "meant"), [("Pnog", "Pong"), ("pong", "Pong"), ("MsPackman", "MsPacman")])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("Pnog", "Pong"), ("pong", "Pong"), ("MsPackman", "MsPacman")]
+)
 def test_an_unknown_game_names_the_closest(typed, meant):
     with pytest.raises(jedi.BadInput, match=meant):
         jedi.resolve_env_id(typed)
@@ -163,7 +177,9 @@ class Toy(gym.Env):
 
 
 def test_an_environment_of_ones_own(micro, monkeypatch):
-    monkeypatch.setitem(gym.registry, "Toy-v0", gym.envs.registration.EnvSpec("Toy-v0", entry_point=Toy))
+    monkeypatch.setitem(
+        gym.registry, "Toy-v0", gym.envs.registration.EnvSpec("Toy-v0", entry_point=Toy)
+    )
     env = jedi.make_env(replace(micro, env_id="Toy-v0"))
     frame, info = env.reset(seed=0)
     assert frame.shape == (64, 64, 3)

@@ -21,7 +21,10 @@ import jedi_atari as jedi
 
 PAGE = (ROOT / "docs" / "fork_it.md").read_text()
 PATCHES = {path.stem: path for path in sorted((ROOT / "docs" / "fork_it").glob("*.patch"))}
-GAMES = {"minigrid": "MiniGrid-Empty-Random-5x5-v0", "my_game": "my_game:Apples-v0"}  # the others play Pong
+GAMES = {
+    "minigrid": "MiniGrid-Empty-Random-5x5-v0",
+    "my_game": "my_game:Apples-v0",
+}  # the others play Pong
 
 
 def blocks(language: str) -> list[str]:
@@ -46,7 +49,9 @@ def folders(tmp_path_factory):
             # Should the folder lie in a repository, git would take the patch's paths as that repository's.
             environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(path.parent)}
             command = ["git", "apply", "--verbose", str(PATCHES[name])]
-            done = subprocess.run(command, cwd=path, env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                command, cwd=path, env=environment, capture_output=True, text=True
+            )
             assert done.returncode == 0, f"{name}.patch does not apply any more:\n{done.stderr}"
             made[name] = path
         return made[name]
@@ -60,12 +65,17 @@ def fork(folders, monkeypatch):
 
     def load(name: str):
         if name == "minigrid":
-            pytest.importorskip("minigrid.wrappers", reason="minigrid is not installed (with pygame, which it needs)")
+            pytest.importorskip(
+                "minigrid.wrappers",
+                reason="minigrid is not installed (with pygame, which it needs)",
+            )
         folder = folders(name)
         monkeypatch.syspath_prepend(str(folder))
         spec = importlib.util.spec_from_file_location(f"fork_{name}", folder / "jedi_atari.py")
         module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up there
+        monkeypatch.setitem(
+            sys.modules, spec.name, module
+        )  # dataclasses look their module up there
         spec.loader.exec_module(module)
         return module
 
@@ -89,7 +99,11 @@ def test_the_page_counts_the_lines_of_each_patch():
     for name, path in PATCHES.items():
         lines = path.read_text().splitlines()[2:]
         added, removed = (sum(line.startswith(sign) for line in lines) for sign in "+-")
-        assert f"`git apply docs/fork_it/{name}.patch` (+{added} −{removed})" in text, (name, added, removed)
+        assert f"`git apply docs/fork_it/{name}.patch` (+{added} −{removed})" in text, (
+            name,
+            added,
+            removed,
+        )
 
 
 def test_its_commands_are_understood():
@@ -114,7 +128,16 @@ def test_a_patch_has_little_context(name):
 @pytest.mark.parametrize("name", PATCHES)
 def test_a_fork_is_clean(name, folders):
     for check in (["check"], ["format", "--check"]):
-        command = [sys.executable, "-m", "ruff", *check, "--no-cache", "--config", str(ROOT / "pyproject.toml"), "."]
+        command = [
+            sys.executable,
+            "-m",
+            "ruff",
+            *check,
+            "--no-cache",
+            "--config",
+            str(ROOT / "pyproject.toml"),
+            ".",
+        ]
         done = subprocess.run(command, cwd=folders(name), capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -122,7 +145,9 @@ def test_a_fork_is_clean(name, folders):
 @pytest.mark.parametrize("name", PATCHES)
 def test_a_fork_runs_from_beginning_to_end(name, fork, tmp_path, monkeypatch, capsys):
     script = fork(name)
-    monkeypatch.setattr(script, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01))
+    monkeypatch.setattr(
+        script, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01)
+    )
     changes = {"env_id": GAMES.get(name, "Pong"), "run_dir": tmp_path / "run"}
     if name == "one_step":
         changes["preset"] = "one_step"
@@ -130,9 +155,14 @@ def test_a_fork_runs_from_beginning_to_end(name, fork, tmp_path, monkeypatch, ca
     pictures = [] if name == "latent_shape" else ["--no-decoder"]  # it changes the decoder
     assert script.main([*flags, *pictures]) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["env_steps"] == MICRO["total_steps"] and len(result["returns"]) == MICRO["final_episodes"]
+    assert (
+        result["env_steps"] == MICRO["total_steps"]
+        and len(result["returns"]) == MICRO["final_episodes"]
+    )
     assert result["args"]["sample_steps"] == (1 if name == "one_step" else 3)
-    assert (tmp_path / "run" / "jedi_atari.py").read_text() == (ROOT / "jedi_atari.py").read_text() or name != "my_game"
+    assert (tmp_path / "run" / "jedi_atari.py").read_text() == (
+        ROOT / "jedi_atari.py"
+    ).read_text() or name != "my_game"
 
 
 def test_minigrid_shows_the_whole_grid(fork):
@@ -142,7 +172,9 @@ def test_minigrid_shows_the_whole_grid(fork):
     assert frame.shape == (64, 64, 3) and frame.dtype == np.uint8 and env.action_space.n == 7
     green = (frame[..., 1] > 200) & (frame[..., 0] < 100)
     assert green[41:50, 41:50].all() and green.mean() < 0.05  # the goal in its corner
-    assert isinstance(script.make_env(script.Args(env_id="Pong")), script.Game)  # Atari is as it was
+    assert isinstance(
+        script.make_env(script.Args(env_id="Pong")), script.Game
+    )  # Atari is as it was
 
 
 def test_the_other_encoder_keeps_its_shapes(fork):
@@ -161,12 +193,18 @@ def test_the_other_encoder_keeps_its_shapes(fork):
 def test_one_step_is_one_call_of_the_denoiser(fork, monkeypatch):
     script = fork("one_step")
     assert script.PRESETS["one_step"] == jedi.PRESETS["tiny"] | {"sample_steps": 1}
-    by_preset, by_flag = (script.parse_args(f"--preset {x}".split()) for x in ("one_step", "tiny --sample-steps 1"))
+    by_preset, by_flag = (
+        script.parse_args(f"--preset {x}".split()) for x in ("one_step", "tiny --sample-steps 1")
+    )
     assert dataclasses.replace(by_preset, preset="tiny") == by_flag
     calls, output = [], torch.randn(2, 16, 8, 8)
-    monkeypatch.setattr(script, "denoise", lambda agent, z, sigma, *rest: calls.append(sigma[0].item()) or output)
+    monkeypatch.setattr(
+        script, "denoise", lambda agent, z, sigma, *rest: calls.append(sigma[0].item()) or output
+    )
     sampled = script.sample_next_latent(None, torch.zeros(2, 4, 16, 8, 8), None, by_flag)
-    torch.testing.assert_close(sampled, output)  # the sample is what the denoiser says, nothing of the noise is left
+    torch.testing.assert_close(
+        sampled, output
+    )  # the sample is what the denoiser says, nothing of the noise is left
     assert calls == [by_flag.sample_sigma_max] == [5.0]
 
 
@@ -174,7 +212,10 @@ def test_the_other_latents_go_through_every_network(fork):
     script = fork("latent_shape")
     args = script.Args(**MICRO)
     agent, decoder = script.Agent(5, args), script.Decoder()
-    frames, actions = torch.randint(256, (2, 5, 64, 64, 3), dtype=torch.uint8), torch.zeros(2, 5, dtype=torch.int64)
+    frames, actions = (
+        torch.randint(256, (2, 5, 64, 64, 3), dtype=torch.uint8),
+        torch.zeros(2, 5, dtype=torch.int64),
+    )
     z = agent.encode(frames)
     assert z.shape == (2, 5, 32, 4, 4) and z.abs().max() < 3
     assert script.sample_next_latent(agent, z[:, :4], actions[:, :4], args).shape == (2, 32, 4, 4)
@@ -192,7 +233,11 @@ def test_the_game_of_ones_own(fork):
     game.walker, game.apple, game.trap = (0, 0), (0, 1), (1, 1)
     frame, reward, end, cut, _ = env.step(1)  # to the right, where the apple is
     assert (reward, end, cut) == (1.0, False, False) and game.apple not in (game.walker, game.trap)
-    assert frame.shape == (64, 64, 3) and tuple(frame[0, 16]) == tuple(frame[15, 31]) == (255, 255, 255)
+    assert frame.shape == (64, 64, 3) and tuple(frame[0, 16]) == tuple(frame[15, 31]) == (
+        255,
+        255,
+        255,
+    )
     assert env.step(2)[1] == 0 and game.walker == (0, 1)  # a wall
     assert env.step(3)[1:4] == (-1.0, True, False)  # down, into the trap
     env.reset()

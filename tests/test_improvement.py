@@ -29,7 +29,9 @@ def test_interval_of_equal_returns_is_a_point():
     assert improvement.interval([7.0] * 10) == (7.0, 7.0)
 
 
-@pytest.mark.parametrize(("shift", "certain"), [(3.0, True), (0.0, False), (-3.0, False), (0.3, False)])
+@pytest.mark.parametrize(
+    ("shift", "certain"), [(3.0, True), (0.0, False), (-3.0, False), (0.3, False)]
+)
 def test_improved_needs_intervals_that_do_not_touch(shift, certain):
     rng = np.random.default_rng(2)
     chance, trained = rng.normal(0, 3, 100), rng.normal(shift, 3, 100)
@@ -40,7 +42,10 @@ def test_random_play_of_pong_is_the_published_one(tmp_path):
     """Pong's published random score is -20.7; a game of random play ends between -21 and about -18."""
     args = jedi.Args(**MICRO | dict(env_id="Pong", max_episode_steps=27_000))
     played = improvement.random_play(args, 4)
-    assert -21 <= played["mean_return"] <= -18.5 and len(played["returns"]) == len(played["lengths"]) == 4
+    assert (
+        -21 <= played["mean_return"] <= -18.5
+        and len(played["returns"]) == len(played["lengths"]) == 4
+    )
     assert min(played["lengths"]) > 700 and played["mean_return"] == np.mean(played["returns"])
     assert improvement.random_play(args, 2)["returns"] == played["returns"][:2]
 
@@ -49,7 +54,9 @@ def test_random_play_of_pong_is_the_published_one(tmp_path):
 def runs(tmp_path_factory):
     """A real, very small run and random play cut at the same length."""
     folder = tmp_path_factory.mktemp("improvement")
-    args = jedi.Args(**MICRO | dict(env_id="Krull", seed=3, run_dir=str(folder / "runs/Krull/seed3")))
+    args = jedi.Args(
+        **MICRO | dict(env_id="Krull", seed=3, run_dir=str(folder / "runs/Krull/seed3"))
+    )
     jedi.train(args)
     (folder / "random").mkdir()
     played = improvement.random_play(args, 3)
@@ -61,7 +68,9 @@ def test_table_and_picture_of_a_real_run(runs, capsys):
     assert improvement.main([str(runs / "runs"), "--random-play", str(runs / "random")]) == 0
     text = capsys.readouterr().out
     result = json.loads((runs / "runs/Krull/seed3/result.json").read_text())
-    assert "| Krull | 3 |" in text and f"{result['mean_return']:,.1f} (" in text and "| 3, 3 |" in text
+    assert (
+        "| Krull | 3 |" in text and f"{result['mean_return']:,.1f} (" in text and "| 3, 3 |" in text
+    )
     assert (runs / "runs/improvement.md").read_text() == text
     assert cv2.imread(str(runs / "runs/improvement.png")).std() > 10
 
@@ -71,7 +80,11 @@ def test_table_and_picture_of_a_real_run(runs, capsys):
     measures, ratio = result["measures"], result["open_loop_ratio"]
     assert rows[-1].startswith(f"| Krull | 3 | {updates} | {measures['latent_std']:.2f} |")
     assert f"| {ratio[0]:.2f}, {ratio[4]:.2f}, {ratio[14]:.2f} |" in rows[-1]
-    shown = [f"{measures[f'reward_prob_{k}']:.2f}" for k in (0, 1, 3, 5) if measures[f"reward_prob_{k}"] is not None]
+    shown = [
+        f"{measures[f'reward_prob_{k}']:.2f}"
+        for k in (0, 1, 3, 5)
+        if measures[f"reward_prob_{k}"] is not None
+    ]
     assert rows[-1].endswith(", ".join(shown) + " |" if len(shown) == 4 else "no data |")
 
 
@@ -96,7 +109,9 @@ def test_the_tables_in_results_are_made_from_the_runs():
     """Each improvement.md in results/ is what the script prints from the runs beside it."""
     for path in (ROOT / "results").rglob("improvement.md"):
         found = improvement.read_runs(path.parent)
-        chance = {r["env_id"]: improvement.read_random(ROOT / "results/random", r) for _, r in found}
+        chance = {
+            r["env_id"]: improvement.read_random(ROOT / "results/random", r) for _, r in found
+        }
         assert path.read_text() == improvement.table(found, chance)
         assert (path.parent / "health.md").read_text() == improvement.health_table(found)
 

@@ -40,7 +40,9 @@ def test_catch_is_the_game_that_it_says():
             while not over:
                 toy = env.unwrapped
                 toward = int(np.sign(toy.ball - toy.paddle)) + 1
-                _, reward, over, _, _ = env.step(toward if player == "perfect" else int(rng.integers(3)))
+                _, reward, over, _, _ = env.step(
+                    toward if player == "perfect" else int(rng.integers(3))
+                )
                 total, steps = total + reward, steps + 1
             assert steps == toys.ROWS - 1
             returns[player].append(total)
@@ -49,7 +51,9 @@ def test_catch_is_the_game_that_it_says():
 
 
 def test_the_picture_shows_the_state():
-    frames = torch.from_numpy(np.stack([toys.draw(ball, row, 2) for ball in range(5) for row in range(6)]))
+    frames = torch.from_numpy(
+        np.stack([toys.draw(ball, row, 2) for ball in range(5) for row in range(6)])
+    )
     assert drift.ball_columns(frames).tolist() == [ball for ball in range(5) for _ in range(6)]
     assert len({frame.numpy().tobytes() for frame in frames}) == 30
 
@@ -64,7 +68,10 @@ def test_the_drift_is_the_one_that_it_says():
             env.reset()
         else:
             counts[before, env.unwrapped.ball] += 1
-    assert drift.total_variation(counts / counts.sum(1, keepdims=True), np.arange(5), 0.25).max() < 0.04
+    assert (
+        drift.total_variation(counts / counts.sum(1, keepdims=True), np.arange(5), 0.25).max()
+        < 0.04
+    )
 
 
 def test_the_measure_of_chance_tells_samplers_apart():
@@ -72,7 +79,10 @@ def test_the_measure_of_chance_tells_samplers_apart():
     rng, columns = np.random.default_rng(0), np.repeat(np.arange(5), 400)
     exact = np.stack([toys.next_ball(column, 0.25) for column in columns])
     drawn = np.stack([rng.multinomial(200, p) / 200 for p in exact])
-    likeliest, by_heart = np.eye(5)[exact.argmax(1)], np.stack([rng.multinomial(1, p) for p in exact]).astype(float)
+    likeliest, by_heart = (
+        np.eye(5)[exact.argmax(1)],
+        np.stack([rng.multinomial(1, p) for p in exact]).astype(float),
+    )
     for shares, least, most, pooled in (
         (drawn, 0, 0.04, 0.01),
         (likeliest, 0.199, 0.201, 0.25),
@@ -80,7 +90,10 @@ def test_the_measure_of_chance_tells_samplers_apart():
     ):
         each = drift.by_column(drift.total_variation(shares, columns, 0.25), columns)
         assert least <= each.mean() <= most
-        assert drift.total_variation(drift.by_column(shares, columns), np.arange(5), 0.25).max() <= pooled
+        assert (
+            drift.total_variation(drift.by_column(shares, columns), np.arange(5), 0.25).max()
+            <= pooled
+        )
 
 
 def test_the_readme_shows_the_results_of_catch():
@@ -92,15 +105,20 @@ def test_the_readme_shows_the_results_of_catch():
         found = json.loads(path.read_text())
         minutes, seconds = divmod(int(found["seconds"]), 60)
         assert (
-            f"| {found['seed']} | {found['mean_return']:.2f} | {minutes}:{seconds:02d} | {found['threads']} |" in shown
+            f"| {found['seed']} | {found['mean_return']:.2f} | {minutes}:{seconds:02d} | {found['threads']} |"
+            in shown
         )
     command = [sys.executable, str(HERE / "learn_catch.py"), "--table", str(HERE)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(f"make them with --out {HERE}")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(
+        f"make them with --out {HERE}"
+    )
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_jedi_learns_catch(seed):
     command = [sys.executable, str(HERE / "learn_catch.py"), "--seed", str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1_800)

@@ -72,7 +72,9 @@ def test_optimisers_cover_each_parameter_with_the_right_decay_and_rate(micro):
     for part, modules in expected.items():
         groups = parts[part].optimizer.param_groups
         owned = [id(p) for g in groups for p in g["params"]]
-        assert sorted(owned) == sorted(id(p) for m in modules for p in m.parameters()) and len(set(owned)) == len(owned)
+        assert sorted(owned) == sorted(id(p) for m in modules for p in m.parameters()) and len(
+            set(owned)
+        ) == len(owned)
         for group in groups:
             for p in group["params"]:
                 name = names[id(p)]
@@ -99,7 +101,9 @@ def test_gradients_are_clipped(agent, micro):
 
     args = replace(micro, clip_diffusion=1e-3)
     part = jedi.make_parts(agent, args, torch.device("cpu"))["diffusion"]
-    metrics = jedi.update(agent, part, random_windows(args, args.context_frames + 2), 0, args, False)
+    metrics = jedi.update(
+        agent, part, random_windows(args, args.context_frames + 2), 0, args, False
+    )
     norm = torch.stack([p.grad.norm() for p in part.parameters if p.grad is not None]).norm()
     assert metrics["grad_norm"] > 1e-3 and norm.item() == pytest.approx(1e-3, rel=0.01)
 
@@ -112,7 +116,9 @@ def test_the_reward_models_lstm_sees_features_of_one_scale(agent, micro):
         agent.reward.conv_in.weight.mul_(100)
         features = agent.reward.features(z, actions)
         hidden = agent.reward.lstm(features)[0]
-    assert features.mean(-1).abs().max() < 1e-4 and torch.allclose(features.std(-1), torch.ones(4, 5), atol=0.01)
+    assert features.mean(-1).abs().max() < 1e-4 and torch.allclose(
+        features.std(-1), torch.ones(4, 5), atol=0.01
+    )
     assert hidden.abs().max() < 0.95
 
 
@@ -120,14 +126,18 @@ def test_every_trained_parameter_gets_a_gradient(agent, micro):
     from conftest import random_windows
 
     losses = {
-        "diffusion": jedi.diffusion_loss(agent, random_windows(micro, micro.context_frames + 2), micro),
+        "diffusion": jedi.diffusion_loss(
+            agent, random_windows(micro, micro.context_frames + 2), micro
+        ),
         "reward": jedi.reward_termination_loss(agent, short(random_windows(micro, 8)), micro),
         "policy": jedi.actor_critic_loss(agent, random_windows(micro, micro.context_frames), micro),
     }
     for name, part in jedi.make_parts(agent, micro, torch.device("cpu")).items():
         agent.zero_grad()
         losses[name][0].backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in part.parameters), name
+        assert all(
+            p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in part.parameters
+        ), name
 
 
 def short(batch: jedi.Windows) -> jedi.Windows:
@@ -150,7 +160,9 @@ def test_importing_the_script_runs_nothing_and_needs_nothing_of_the_project():
     assert all(isinstance(node, allowed) for node in tree.body)
     ifs = [node for node in tree.body if isinstance(node, ast.If)]
     assert len(ifs) == 1 and ast.unparse(ifs[0].test) == "__name__ == '__main__'"
-    imported = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported = {
+        a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
+    }
     imported |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     local = {p.stem for p in ROOT.glob("*.py")} | {p.name for p in ROOT.iterdir() if p.is_dir()}
     assert not imported & local
@@ -164,9 +176,19 @@ def test_every_argument_is_read():
     for node in tree.body:
         if node is cls or (isinstance(node, ast.FunctionDef) and node.name == "check_args"):
             continue
-        read |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-        for call in (n for n in ast.walk(node) if isinstance(n, ast.Call) and ast.unparse(n.func) == "getattr"):
-            text = ast.unparse(call.args[1])  # getattr(args, f"first_{name}_updates") for each of the three parts
+        read |= {
+            n.attr
+            for n in ast.walk(node)
+            if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
+        }
+        for call in (
+            n
+            for n in ast.walk(node)
+            if isinstance(n, ast.Call) and ast.unparse(n.func) == "getattr"
+        ):
+            text = ast.unparse(
+                call.args[1]
+            )  # getattr(args, f"first_{name}_updates") for each of the three parts
             read |= {f for f in fields for part in jedi.PARTS if f in text.replace("{name}", part)}
     assert fields and not fields - read
 
@@ -188,13 +210,17 @@ def test_every_argument_has_a_comment_and_every_number_a_source():
         "eval_only",
         "dry_run",
     }
-    unsourced = {n for n, comment in lines if not re.search(r"\[[PDEC](, [PDEC])*\]", comment)} - where_run
+    unsourced = {
+        n for n, comment in lines if not re.search(r"\[[PDEC](, [PDEC])*\]", comment)
+    } - where_run
     assert not unsourced
 
 
 def test_deviations_in_the_script_and_in_the_docs_are_the_same():
     marked = re.findall(r"DEVIATION (\d+)", SOURCE)
-    documented = re.findall(r"^## DEVIATION (\d+)", Path(ROOT / "docs/implementation_details.md").read_text(), re.M)
+    documented = re.findall(
+        r"^## DEVIATION (\d+)", Path(ROOT / "docs/implementation_details.md").read_text(), re.M
+    )
     assert sorted(set(marked), key=int) == [str(i) for i in range(1, len(set(marked)) + 1)]
     assert sorted(set(marked)) == sorted(documented)
 

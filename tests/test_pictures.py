@@ -33,7 +33,9 @@ def test_the_decoder_uses_up_no_random_numbers(micro):
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(4)
     second, _ = jedi.make_decoder(micro, torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
     assert jedi.make_decoder(replace(micro, decoder=False), torch.device("cpu")) is None
 
 
@@ -52,14 +54,19 @@ def test_the_decoder_learns_pictures_that_the_mean_does_not_show(micro):
     of_mean = (real.mean(0) - real).square().mean()
     assert (shown - real).square().mean() < 0.2 * of_mean
     # (8 pictures, 8 places): each picture is brightest where its own square is.
-    assert shown[:, 24:32].mean((1, 3)).reshape(8, 8, 8).mean(2).argmax(1).tolist() == list(range(8))
+    assert shown[:, 24:32].mean((1, 3)).reshape(8, 8, 8).mean(2).argmax(1).tolist() == list(
+        range(8)
+    )
 
 
 def test_the_mean_picture_is_the_mean_of_the_frames(micro, agent, decoder):
     batches = [random_windows(micro, 2, seed=s) for s in range(5)]
     for batch in batches:
         jedi.decoder_loss(decoder, agent, batch)
-    mean = torch.stack([b.frames[:, 0] for b in batches]).float().mean((0, 1)).permute(2, 0, 1) / 127.5 - 1
+    mean = (
+        torch.stack([b.frames[:, 0] for b in batches]).float().mean((0, 1)).permute(2, 0, 1) / 127.5
+        - 1
+    )
     assert torch.allclose(decoder.background, mean, atol=1e-5)
 
 
@@ -67,7 +74,12 @@ def test_only_real_frames_are_learned_from(micro, agent, decoder):
     """The first real frame of each window, whatever the padding before it holds."""
     batch = random_windows(micro, 4)
     mask = torch.tensor(
-        [[True] * 4, [False, True, True, True], [False, False, True, True], [False, False, False, True]]
+        [
+            [True] * 4,
+            [False, True, True, True],
+            [False, False, True, True],
+            [False, False, False, True],
+        ]
     )
     jedi.decoder_loss(decoder, agent, batch._replace(mask=mask))
     mean = batch.frames[range(4), range(4)].float().mean(0).permute(2, 0, 1) / 127.5 - 1
@@ -84,7 +96,9 @@ def test_a_dream_beside_the_play_it_follows(micro, agent, decoder, stretch):
     assert np.array_equal(dream.pictures[0], play.frames[0, n - 1 :].numpy())
     z = agent.encode(play.frames)
     assert np.array_equal(dream.pictures[1], decoder.pictures(z[0, n - 1 :]))
-    assert np.array_equal(dream.pictures[2, 0], dream.pictures[1, 0])  # the dream begins at a real frame
+    assert np.array_equal(
+        dream.pictures[2, 0], dream.pictures[1, 0]
+    )  # the dream begins at a real frame
     # Column k shows what the step from k - 1 to k brought.
     assert dream.rewards[0].tolist() == [0, *play.rewards[0, n - 1 : -1].sign().int().tolist()]
     assert dream.ends[0].tolist() == [False, *play.ends[0, n - 1 : -1].tolist()]
@@ -96,11 +110,17 @@ def test_a_dream_beside_the_play_it_follows(micro, agent, decoder, stretch):
         seen = list(frames[0, start - n + 1 : start + 1])
         for t in range(start, min(start + stretch, n - 1 + steps)):
             context = torch.stack(seen[-n:])[None]
-            seen.append(jedi.sample_next_latent(agent, context, actions[:, t - n + 1 : t + 1], micro)[0])
+            seen.append(
+                jedi.sample_next_latent(agent, context, actions[:, t - n + 1 : t + 1], micro)[0]
+            )
             imagined.append(seen[-1])
     decoded = decoder.pictures(torch.stack(imagined)).astype(int)
-    assert np.abs(dream.pictures[2, 1:] - decoded).max() <= 1  # rounding: a convolution of 10 or of 11 pictures
-    reward_logits, end_logits = agent.reward(torch.cat([z[:, :n], torch.stack(imagined)[None]], 1), actions[:, :-1])
+    assert (
+        np.abs(dream.pictures[2, 1:] - decoded).max() <= 1
+    )  # rounding: a convolution of 10 or of 11 pictures
+    reward_logits, end_logits = agent.reward(
+        torch.cat([z[:, :n], torch.stack(imagined)[None]], 1), actions[:, :-1]
+    )
     assert dream.rewards[1].tolist() == [0, *(reward_logits[0, n - 1 :].argmax(-1) - 1).tolist()]
     assert dream.ends[1].tolist() == [False, *end_logits[0, n - 1 :].argmax(-1).bool().tolist()]
 
@@ -109,15 +129,21 @@ def a_dream() -> jedi.Dream:
     rng = np.random.default_rng(0)
     rewards, ends = np.zeros((2, 6), int), np.zeros((2, 6), bool)
     rewards[0, 2], rewards[1, 3], ends[1, 5] = 1, -1, True
-    return jedi.Dream(rng.integers(0, 256, (3, 6, 64, 64, 3), dtype=np.uint8), rewards, ends, np.arange(6))
+    return jedi.Dream(
+        rng.integers(0, 256, (3, 6, 64, 64, 3), dtype=np.uint8), rewards, ends, np.arange(6)
+    )
 
 
 def test_a_film_strip_marks_what_happened_where_it_happened():
     dream = a_dream()
     strip = jedi.film_strip(dream, "a title")
-    plain = jedi.film_strip(dream._replace(rewards=dream.rewards * 0, ends=dream.ends & False), "a title")
+    plain = jedi.film_strip(
+        dream._replace(rewards=dream.rewards * 0, ends=dream.ends & False), "a title"
+    )
     width = (strip.shape[1] - 150) // 6
-    inner = [slice(150 + c * width + 8, 150 + (c + 1) * width - 16) for c in range(6)]  # without the frames around
+    inner = [
+        slice(150 + c * width + 8, 150 + (c + 1) * width - 16) for c in range(6)
+    ]  # without the frames around
     changed = {c for c in range(6) if (strip != plain)[:, inner[c]].any()}
     assert changed == {2, 3, 5}
     for column, colour in ((2, jedi.PLUS), (3, jedi.MINUS), (5, jedi.END)):
@@ -146,7 +172,10 @@ def test_the_window_with_most_rewards_is_shown(micro):
 
 
 def test_curves_of_a_run_that_has_little_to_show():
-    lines = [{"epoch": 0, "eval/mean_return": 1.0}, {"epoch": 1, "charts/env_steps": 100.0, "diffusion/loss": 0.5}]
+    lines = [
+        {"epoch": 0, "eval/mean_return": 1.0},
+        {"epoch": 1, "charts/env_steps": 100.0, "diffusion/loss": 0.5},
+    ]
     picture = jedi.learning_curves(lines, "a title")
     assert picture.dtype == np.uint8 and picture.shape == (700, 1200, 3) and (picture < 128).any()
 
@@ -167,13 +196,22 @@ def test_the_agent_is_the_same_with_and_without_decoder(tmp_path):
         torch.save(without_saved[part], b)
         assert a.getvalue() == b.getvalue(), part
     assert (with_dir / "replay.bin").read_bytes() == (without_dir / "replay.bin").read_bytes()
-    assert with_result["returns"] == without_result["returns"] and with_result["measures"] == without_result["measures"]
-    rows = [[json.loads(line) for line in (d / "metrics.jsonl").open()] for d in (with_dir, without_dir)]
+    assert (
+        with_result["returns"] == without_result["returns"]
+        and with_result["measures"] == without_result["measures"]
+    )
+    rows = [
+        [json.loads(line) for line in (d / "metrics.jsonl").open()] for d in (with_dir, without_dir)
+    ]
     for a, b in zip(*rows, strict=True):
-        assert {k: v for k, v in a.items() if "time/" not in k} == {k: v for k, v in b.items() if "time/" not in k}
+        assert {k: v for k, v in a.items() if "time/" not in k} == {
+            k: v for k, v in b.items() if "time/" not in k
+        }
     # What there is to see: before training, at the evaluation, at the end.
     names = {path.name for path in (with_dir / "dreams").iterdir()}
-    assert names == {f"{n}.{e}" for n in ("epoch0000", "epoch0002", "final") for e in ("png", "gif")} | {"play.gif"}
+    assert names == {
+        f"{n}.{e}" for n in ("epoch0000", "epoch0002", "final") for e in ("png", "gif")
+    } | {"play.gif"}
     assert not list((without_dir / "dreams").iterdir())
     for folder in (with_dir, without_dir):
         assert Image.open(folder / "curves.png").size == (1200, 700)
@@ -183,4 +221,6 @@ def test_the_agent_is_the_same_with_and_without_decoder(tmp_path):
     shown = events.Images("dream")
     assert len(shown) == 3
     strip = Image.open(with_dir / "dreams" / "final.png")
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(shown[-1].encoded_image_string))), np.asarray(strip))
+    assert np.array_equal(
+        np.asarray(Image.open(io.BytesIO(shown[-1].encoded_image_string))), np.asarray(strip)
+    )

@@ -36,9 +36,15 @@ def micro_run(folder: Path, script=jedi) -> Path:
     no_logger = types.SimpleNamespace(flush=lambda: 0)  # TensorBoard takes seconds to import
     run_dir, lock = script.prepare_run_dir(args, "Pong")
     with lock, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "measure_costs", lambda *a: dict.fromkeys(("collect", *script.PARTS, "games"), 0.01))
+        patch.setattr(
+            script,
+            "measure_costs",
+            lambda *a: dict.fromkeys(("collect", *script.PARTS, "games"), 0.01),
+        )
         patch.setattr(script, "Logger", lambda *a: no_logger)
-        run = script.start_run(args, run_dir, torch.device("cpu"), False, script.StopSignals(), time.monotonic(), None)
+        run = script.start_run(
+            args, run_dir, torch.device("cpu"), False, script.StopSignals(), time.monotonic(), None
+        )
         run.enter("collect")
         script.collect_phase(run)
         for name in script.PARTS:
@@ -213,7 +219,9 @@ def test_a_run_that_kept_no_play_dreams_from_random_play(model, tmp_path):
 
 def test_a_run_of_the_other_script_plays_too(tmp_path):
     model = play.load_model(micro_run(tmp_path, jedi_atari_stochastic), "cpu", "ALE/Pong-v5")
-    assert model.script is jedi_atari_stochastic and model.args.s_churn == 1 and len(model.replay) > 70
+    assert (
+        model.script is jedi_atari_stochastic and model.args.s_churn == 1 and len(model.replay) > 70
+    )
     session = play.Session(model, seed=0)
     for mode in ("game", "dream"):
         session.do_mode(mode)
@@ -231,7 +239,9 @@ def test_games_that_are_not_atari_have_numbered_actions(micro):
 
 PONG = ("NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE")
 BREAKOUT = ("NOOP", "FIRE", "RIGHT", "LEFT")
-SEAQUEST = tuple("NOOP FIRE UP RIGHT LEFT DOWN UPRIGHT UPLEFT DOWNRIGHT DOWNLEFT UPFIRE RIGHTFIRE".split())
+SEAQUEST = tuple(
+    "NOOP FIRE UP RIGHT LEFT DOWN UPRIGHT UPLEFT DOWNRIGHT DOWNLEFT UPFIRE RIGHTFIRE".split()
+)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +308,9 @@ def test_the_dream_takes_over_where_the_game_stands_and_the_game_waits(session):
     assert torch.equal(z, torch.stack(session.scene.latents)) and session.start is None
     session.advance()
     kind, state, payload = unpack(session.view())
-    assert (kind, state["mode"], state["step"]) == ("view", "dream", 1) and len(payload) == 12_288 + 1_024
+    assert (kind, state["mode"], state["step"]) == ("view", "dream", 1) and len(
+        payload
+    ) == 12_288 + 1_024
     session.do_mode("game")
     assert np.array_equal(session.scene.frame, frame) and session.scene.steps == steps
 
@@ -327,7 +339,9 @@ def test_restart_from_a_frame_of_the_replay(session):
     session.do_dream_from(30)
     assert (session.mode, session.start, session.scene.steps) == ("dream", 30, 0)
     frames, _, _ = session.model.replay.window(30, 1)
-    expected = session.model.decoder.pictures(session.model.agent.encode(torch.from_numpy(frames)[None]))[0, 0]
+    expected = session.model.decoder.pictures(
+        session.model.agent.encode(torch.from_numpy(frames)[None])
+    )[0, 0]
     assert np.array_equal(session.scene.frame, expected)
     _, header, pixels = unpack(session.preview(30))
     assert header == {"index": 30} and pixels == frames[0].tobytes()
@@ -405,7 +419,9 @@ def test_the_latent_picture_has_16_tiles():
     latents[5], latents[6] = 127, -127
     picture = play.latent_picture(latents)
     assert picture.shape == (64, 64, 3)
-    assert (picture[16:32, 16:32] == (200, 80, 0)).all() and (picture[16:32, 32:48] == (0, 83, 138)).all()
+    assert (picture[16:32, 16:32] == (200, 80, 0)).all() and (
+        picture[16:32, 32:48] == (0, 83, 138)
+    ).all()
     picture[16:32, 16:48] = 255
     assert (picture == 255).all()
 
@@ -468,7 +484,9 @@ def test_only_the_page_s_files_only_with_token_and_only_by_our_name(model):
         async with serving(model) as (_, address, client):
 
             async def status(path: str, **headers) -> int:
-                async with client.get(address + path, headers=headers, allow_redirects=False) as response:
+                async with client.get(
+                    address + path, headers=headers, allow_redirects=False
+                ) as response:
                     await response.read()
                     return response.status
 
@@ -478,12 +496,22 @@ def test_only_the_page_s_files_only_with_token_and_only_by_our_name(model):
             assert await status(f"/{TOKEN}") == 302
             assert await status(f"/{TOKEN}/play.py") == 404
             assert await status(f"/{TOKEN}/..%2fplay.py") in (403, 404)
-            for path in ("/", "/play.js", "/wrong/", "/wrong/play.js", f"/{TOKEN}x/", f"/{TOKEN[:-1]}/", "/%C3%A9/"):
+            for path in (
+                "/",
+                "/play.js",
+                "/wrong/",
+                "/wrong/play.js",
+                f"/{TOKEN}x/",
+                f"/{TOKEN[:-1]}/",
+                "/%C3%A9/",
+            ):
                 assert await status(path) == 403, path
             assert await status(f"/{TOKEN}/", Host=f"evil.example:{port}") == 403
             assert await status(f"/{TOKEN}/", Host="127.0.0.1.evil.example") == 403
             assert await status(f"/{TOKEN}/", Host="[") == 403
-            assert await status(f"/{TOKEN}/", Host="localhost:9999") == 200  # a port that ssh has moved
+            assert (
+                await status(f"/{TOKEN}/", Host="localhost:9999") == 200
+            )  # a port that ssh has moved
 
     asyncio.run(check())
 
@@ -514,7 +542,9 @@ def test_a_page_plays_pauses_switches_records_and_closes(model):
         async with serving(model) as (server, address, client):
             async with open_socket(client, address) as ws:
                 hello, _ = await receive(ws, "hello")
-                assert hello["game"] == "Pong" and hello["actions"] == list(PONG) and hello["decoder"]
+                assert (
+                    hello["game"] == "Pong" and hello["actions"] == list(PONG) and hello["decoder"]
+                )
                 await receive(ws, "view", lambda v: v["step"] == 5)
                 await tell(ws, "pause", True)
                 paused, _ = await receive(ws, "view", lambda v: v["paused"])
@@ -540,7 +570,15 @@ def test_a_page_plays_pauses_switches_records_and_closes(model):
 
 
 def test_nonsense_is_answered_and_playing_goes_on(model):
-    nonsense = ("{", "[]", "3", "{}", '{"do": "close"}', '{"do": "mode", "value": []}', '{"do": "sampling"}')
+    nonsense = (
+        "{",
+        "[]",
+        "3",
+        "{}",
+        '{"do": "close"}',
+        '{"do": "mode", "value": []}',
+        '{"do": "sampling"}',
+    )
     keys = '{"do": "hold", "value": {"keys": ["x"], "action": null}}'
 
     async def check():
@@ -604,7 +642,9 @@ def test_the_server_ends_while_tabs_are_open(model):
             while not ws.closed:
                 await ws.receive()
             await closing
-            assert ws.close_code == aiohttp.WSCloseCode.GOING_AWAY and time.perf_counter() - begun < 5
+            assert (
+                ws.close_code == aiohttp.WSCloseCode.GOING_AWAY and time.perf_counter() - begun < 5
+            )
         assert not server.tabs
 
     asyncio.run(check())
@@ -628,7 +668,9 @@ def test_what_fails_in_a_tab_is_said_there_and_ends_it_alone(model, monkeypatch,
             ws = await open_socket(client, address)
             await receive(ws, "view")
             scene = next(iter(server.tabs)).session.scene
-            await server.work(setattr, scene, "latents", [])  # between two steps: within one it would be mended
+            await server.work(
+                setattr, scene, "latents", []
+            )  # between two steps: within one it would be mended
             assert "the terminal of play.py says more" in (await receive(ws, "error"))[0]["text"]
             async with open_socket(client, address) as other:
                 await receive(other, "view", lambda v: v["step"] > 2)
@@ -681,7 +723,9 @@ def test_a_checkpoint_of_the_other_script(capsys, run_dir, tmp_path):
 
 
 def test_a_host_that_is_not_here(capsys, run_dir):
-    assert "cannot listen on 192.0.2.1" in refused(capsys, run_dir, "--host", "192.0.2.1", "--device", "cpu")
+    assert "cannot listen on 192.0.2.1" in refused(
+        capsys, run_dir, "--host", "192.0.2.1", "--device", "cpu"
+    )
 
 
 def test_a_taken_port_takes_the_next_and_says_so(capsys):

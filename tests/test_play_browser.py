@@ -16,7 +16,9 @@ from PIL import Image
 from test_play import micro_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
 
 FLAGS = [
@@ -36,8 +38,19 @@ def address(tmp_path_factory):
     """play.py, started as a person would; its address."""
     # PLAY_RUN: look at the page with another run.
     run_dir = os.environ.get("PLAY_RUN") or micro_run(tmp_path_factory.getbasetemp())
-    command = [sys.executable, "-u", str(ROOT / "play.py"), str(run_dir), "--port", "8123", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-u",
+        str(ROOT / "play.py"),
+        str(run_dir),
+        "--port",
+        "8123",
+        "--threads",
+        "1",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         printed = ""
         for line in process.stdout:
             printed += line
@@ -65,7 +78,9 @@ def opened(browser, address: str, **options):
     """The page, ready to play; whatever it writes to the console as an error fails the test."""
     context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
     page, errors = context.new_page(), []
-    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on(
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
+    )
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("requestfailed", lambda request: errors.append(f"failed: {request.url}"))
     page.goto(address)
@@ -126,7 +141,11 @@ def test_the_page_explains_itself_and_runs_at_the_game_s_speed(page, tmp_path):
     assert page.locator("#actions li").count() == 6 and "RIGHTFIRE" in text(page, "#actions")
     assert "is RIGHT" in text(page, "#turned")
     assert float(text(page, "#rate")) > 5  # 15 where nothing else runs
-    for box, pattern in (("ending", r"[\d.]+%"), ("value", r"−?\d+\.\d\d"), ("guess", r"−?\d\.\d\d")):
+    for box, pattern in (
+        ("ending", r"[\d.]+%"),
+        ("value", r"−?\d+\.\d\d"),
+        ("guess", r"−?\d\.\d\d"),
+    ):
         assert re.fullmatch(pattern, text(page, f"#{box}"))
     assert len(np.unique(pixels(page, "latents").reshape(-1, 3), axis=0)) > 10
     assert (pixels(page, "preview") > 0).any()
@@ -261,12 +280,16 @@ def test_two_tabs_play_each_their_own(browser, address, page):
 
 
 def test_on_a_phone_the_touch_buttons_play(browser, address, tmp_path):
-    with opened(browser, address, viewport=PHONE, has_touch=True, is_mobile=True, device_scale_factor=2) as page:
+    with opened(
+        browser, address, viewport=PHONE, has_touch=True, is_mobile=True, device_scale_factor=2
+    ) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         for key in ("up", "down", "left", "right", "fire"):
             box = page.locator(f"[data-key={key}]").bounding_box()
             assert min(box["width"], box["height"]) >= 44
-            assert box["y"] + box["height"] <= PHONE["height"]  # to be reached while the game is seen
+            assert (
+                box["y"] + box["height"] <= PHONE["height"]
+            )  # to be reached while the game is seen
         heights = {}
         for key in ("up", "down"):
             with touching(page, key):

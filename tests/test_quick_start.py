@@ -34,9 +34,20 @@ def quick_start(heading: str) -> str:
 def test_quick_start(heading, changes, parameters, tmp_path):
     """It prints its plan, trains, says what was learned and leaves a whole run folder."""
     command = quick_start(heading)
-    assert heading != "tiny" or f"&& {command}\n" in README  # the block above the table says the same
+    assert (
+        heading != "tiny" or f"&& {command}\n" in README
+    )  # the block above the table says the same
     run_dir = tmp_path / "run"
-    argv = [sys.executable, *command.split()[1:], *SHORT, *changes, "--threads", "1", "--run-dir", str(run_dir)]
+    argv = [
+        sys.executable,
+        *command.split()[1:],
+        *SHORT,
+        *changes,
+        "--threads",
+        "1",
+        "--run-dir",
+        str(run_dir),
+    ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2_000:]
     assert "whole run       about" in done.stdout and "what the world model learned" in done.stdout
@@ -44,5 +55,7 @@ def test_quick_start(heading, changes, parameters, tmp_path):
     assert parameters / 2 < total < parameters * 2
     result = json.loads((run_dir / "result.json").read_text())
     assert result["env_steps"] == 160 and len(result["returns"]) == 2 and result["git_commit"]
-    assert {"checkpoint.pt", "replay.bin", "curves.png", "metrics.jsonl"} <= {p.name for p in run_dir.iterdir()}
+    assert {"checkpoint.pt", "replay.bin", "curves.png", "metrics.jsonl"} <= {
+        p.name for p in run_dir.iterdir()
+    }
     assert (run_dir / "dreams/final.gif").stat().st_size > 1_000

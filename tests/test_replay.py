@@ -21,15 +21,27 @@ def named(frame: torch.Tensor) -> tuple[int, int]:
     return episode, high * 200 + low
 
 
-def fill(buffer: jedi.ReplayBuffer, lengths: list[int], seed: int = 0, open_steps: int = 0) -> list[list[tuple]]:
+def fill(
+    buffer: jedi.ReplayBuffer, lengths: list[int], seed: int = 0, open_steps: int = 0
+) -> list[list[tuple]]:
     """Play made up of episodes of these lengths (and an open one); returns it as lists of (action, reward, end)."""
     rng, episodes = np.random.default_rng(seed), []
     for number, length in enumerate(lengths + ([open_steps] if open_steps else [])):
         closed, episode = number < len(lengths), []
         for step in range(length):
             last = closed and step == length - 1
-            action, reward, end = int(rng.integers(5)), float(rng.integers(-2, 3)), last and number % 2 == 0
-            buffer.add(picture(number, step), action, reward, end, picture(number, length) if last else None)
+            action, reward, end = (
+                int(rng.integers(5)),
+                float(rng.integers(-2, 3)),
+                last and number % 2 == 0,
+            )
+            buffer.add(
+                picture(number, step),
+                action,
+                reward,
+                end,
+                picture(number, length) if last else None,
+            )
             episode.append((action, reward, end))
             if rng.random() < 0.3:
                 buffer.flush()  # in the middle of episodes too
@@ -38,7 +50,9 @@ def fill(buffer: jedi.ReplayBuffer, lengths: list[int], seed: int = 0, open_step
     return episodes
 
 
-def check_row(windows: jedi.Windows, row: int, episodes: list[list[tuple]], transitions: bool) -> tuple[int, int, int]:
+def check_row(
+    windows: jedi.Windows, row: int, episodes: list[list[tuple]], transitions: bool
+) -> tuple[int, int, int]:
     """Every real step of a row is what the list says; padding is zero. Returns episode, first step and real steps."""
     mask = windows.mask[row]
     real = torch.nonzero(mask).flatten().tolist()
@@ -97,12 +111,18 @@ def test_transition_windows_against_the_list():
     torch.manual_seed(0)
     buffer = jedi.ReplayBuffer(500, CPU)
     episodes = fill(buffer, LENGTHS, open_steps=9)
-    lengths, seen, beyond = [*LENGTHS, 8], set(), 0  # the open episode's newest step has no next frame yet
+    lengths, seen, beyond = (
+        [*LENGTHS, 8],
+        set(),
+        0,
+    )  # the open episode's newest step has no next frame yet
     for _ in range(80):
         windows = buffer.sample_transitions(32, 5)
         assert windows.frames.shape[1] == 6 and windows.mask.shape[1] == 5
         assert windows.mask[:, 0].all()  # a window is moved to begin with a real step
-        full = windows._replace(mask=torch.cat([windows.mask, torch.zeros(32, 1, dtype=torch.bool)], 1))
+        full = windows._replace(
+            mask=torch.cat([windows.mask, torch.zeros(32, 1, dtype=torch.bool)], 1)
+        )
         for row in range(32):
             episode, first, count = check_row(full, row, episodes, transitions=True)
             beyond += count < 5
@@ -203,7 +223,11 @@ def test_tiled_transitions_hold_each_transition_once(length):
         episode, step = named(windows.frames[i, t])
         assert named(windows.frames[i, t + 1]) == (episode, step + 1)
         action, reward, end = episodes[episode][step]
-        assert (windows.actions[i, t], windows.rewards[i, t], windows.ends[i, t]) == (action, reward, end)
+        assert (windows.actions[i, t], windows.rewards[i, t], windows.ends[i, t]) == (
+            action,
+            reward,
+            end,
+        )
         seen.append((episode, step))
     # The open episode's newest step has no frame after it yet.
     expected = [(e, t) for e, n in enumerate([*LENGTHS, 7 - 1]) for t in range(n)]
@@ -215,5 +239,9 @@ def test_reward_skill_counts_every_reward_and_end(micro):
     buffer = jedi.ReplayBuffer(500, CPU)
     episodes = fill(buffer, LENGTHS)
     skill = jedi.reward_skill(jedi.Agent(6, micro), buffer, micro)
-    assert skill["rewarded_steps"] == sum(reward != 0 for episode in episodes for _, reward, _ in episode)
-    assert skill["end_recall"] == 0 and skill["end_precision"] is None  # at first it takes nothing for an end
+    assert skill["rewarded_steps"] == sum(
+        reward != 0 for episode in episodes for _, reward, _ in episode
+    )
+    assert (
+        skill["end_recall"] == 0 and skill["end_precision"] is None
+    )  # at first it takes nothing for an end

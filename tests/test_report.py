@@ -30,13 +30,17 @@ def rliable():
     try:
         from rliable import library, metrics
     except (ImportError, TypeError) as error:  # TypeError: rliable 1.2.0 with pandas 3
-        pytest.skip(f"rliable cannot be imported ({error}): pip install -r benchmark/requirements.txt")
+        pytest.skip(
+            f"rliable cannot be imported ({error}): pip install -r benchmark/requirements.txt"
+        )
     return library, metrics
 
 
 @pytest.fixture(scope="module")
 def pictures(rliable):
-    pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install -r benchmark/requirements.txt")
+    pytest.importorskip(
+        "matplotlib", reason="matplotlib is missing: pip install -r benchmark/requirements.txt"
+    )
 
 
 def result(game: str, seed: int, **changes) -> dict:
@@ -87,7 +91,11 @@ def normalised(game: str, values) -> np.ndarray:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +111,14 @@ def whole(pictures, tmp_path_factory) -> Path:
             write_run(folder / "b", game, seed, args=arguments)
     (folder / "b" / "open").mkdir()
     (folder / "b" / "open" / "args.json").write_text("{}")
-    arguments = [f"full={folder / 'a'}", f"few={folder / 'b'}", "--out", str(folder / "out"), "--reps", str(REPS)]
+    arguments = [
+        f"full={folder / 'a'}",
+        f"few={folder / 'b'}",
+        "--out",
+        str(folder / "out"),
+        "--reps",
+        str(REPS),
+    ]
     assert report.main(arguments) == 0
     return folder
 
@@ -138,7 +153,9 @@ def test_agent_optimal_games_follow_from_the_printed_table():
 
 def test_released_scores_would_split_the_games_otherwise():
     agents = report.PUBLISHED["agent_optimal"]["agents"]
-    released = {name: {game: float(AGENTS[name].scores[game].mean()) for game in GAMES} for name in agents}
+    released = {
+        name: {game: float(AGENTS[name].scores[game].mean()) for game in GAMES} for name in agents
+    }
     moved = table1_split(released) ^ set(report.AGENT_OPTIMAL)
     assert moved and moved <= {"Freeway", "UpNDown", "Kangaroo"}
 
@@ -170,13 +187,23 @@ def test_every_footnote_tells_of_a_different_number():
             for game, value in other["scores"].items():
                 assert abs(value - AGENTS[name].scores[game].mean()) > 0.5
                 found.add((name, game))
-    for name in report.PUBLISHED["main"]:  # and none is missing for DIAMOND's table, which prints one decimal or none
+    for name in report.PUBLISHED[
+        "main"
+    ]:  # and none is missing for DIAMOND's table, which prints one decimal or none
         for game in GAMES:
             if abs(table[name][game] - AGENTS[name].scores[game].mean()) > 0.51:
                 assert (name, game) in found
-    assert {("STORM", "Freeway"), ("DreamerV3", "UpNDown"), ("DreamerV3", "ChopperCommand")} <= found
+    assert {
+        ("STORM", "Freeway"),
+        ("DreamerV3", "UpNDown"),
+        ("DreamerV3", "ChopperCommand"),
+    } <= found
     text = report.scores_markdown(list(AGENTS.values()))
-    assert "STORM, Freeway: 33.5 in DIAMOND" in text and "UpNDown: 9234 in DIAMOND" in text and "7600 in" in text
+    assert (
+        "STORM, Freeway: 33.5 in DIAMOND" in text
+        and "UpNDown: 9234 in DIAMOND" in text
+        and "7600 in" in text
+    )
 
 
 # --- the numbers
@@ -189,7 +216,9 @@ def test_harmonic_mean_is_that_of_a_plain_loop():
         for value in hns:
             total += 1 / (value + 0.1)
         assert math.isclose(report.harmonic_hns(hns), 1 / (total / 26), rel_tol=1e-12)
-    assert report.harmonic_hns(np.array([0.4, 0.4])) == pytest.approx(0.5)  # 0.1 is not taken off again
+    assert report.harmonic_hns(np.array([0.4, 0.4])) == pytest.approx(
+        0.5
+    )  # 0.1 is not taken off again
     assert report.harmonic_hns(np.array([1.0, -0.1])) is None
     assert report.harmonic_hns(np.array([1.0, -0.5])) is None
 
@@ -203,21 +232,35 @@ def test_aggregates_come_from_rliable(rliable):
             function = getattr(metrics, f"aggregate_{name}")
             assert summary[name] == pytest.approx(function(matrix), rel=1e-12), (subset, name)
             np.random.seed(3)
-            _, interval = library.get_interval_estimates({"x": matrix}, lambda m, f=function: np.array([f(m)]), reps=50)
-            assert summary[f"{name}_interval"] == pytest.approx(interval["x"][:, 0], rel=1e-12), (subset, name)
+            _, interval = library.get_interval_estimates(
+                {"x": matrix}, lambda m, f=function: np.array([f(m)]), reps=50
+            )
+            assert summary[f"{name}_interval"] == pytest.approx(interval["x"][:, 0], rel=1e-12), (
+                subset,
+                name,
+            )
             assert summary[f"{name}_interval"][0] < summary[name] < summary[f"{name}_interval"][1]
 
 
 def test_diamonds_published_aggregates_come_back(rliable):
     summary = report.aggregate(AGENTS["DIAMOND"], GAMES, 2, 0)
-    assert round(summary["mean"], 3) == 1.459 and round(summary["iqm"], 3) == 0.641 and summary["superhuman"] == 11
+    assert (
+        round(summary["mean"], 3) == 1.459
+        and round(summary["iqm"], 3) == 0.641
+        and summary["superhuman"] == 11
+    )
     assert round(summary["har_hns"], 3) == 0.319  # quoted for DIAMOND in the JEDI paper
     assert summary["n_games"] == 26 and summary["n_runs"] == 5
 
 
 def test_printed_aggregates_come_back_but_for_known_differences(rliable):
     known = {("DreamerV3", "mean"), ("DreamerV3", "iqm"), ("STORM", "mean"), ("STORM", "iqm")}
-    known |= {("STORM", "superhuman"), ("IRIS", "superhuman"), ("DreamerV3-2024", "mean"), ("DreamerV3-2024", "median")}
+    known |= {
+        ("STORM", "superhuman"),
+        ("IRIS", "superhuman"),
+        ("DreamerV3-2024", "mean"),
+        ("DreamerV3-2024", "median"),
+    }
     checked, different = 0, set()
     for name, entry in report.PUBLISHED["agents"].items():
         summary = report.aggregate(AGENTS[name], GAMES, 2, 0)
@@ -228,10 +271,16 @@ def test_printed_aggregates_come_back_but_for_known_differences(rliable):
             if round(summary[key], 3) != printed:
                 different.add((name, key))
     assert different == known and checked >= 25
-    freeway = {"Freeway": np.full(5, 33.5)}  # STORM's numbers need the score of Freeway that the table prints
+    freeway = {
+        "Freeway": np.full(5, 33.5)
+    }  # STORM's numbers need the score of Freeway that the table prints
     storm = report.Agent("STORM", AGENTS["STORM"].scores | freeway)
     summary = report.aggregate(storm, GAMES, 2, 0)
-    assert (round(summary["mean"], 3), round(summary["iqm"], 3), summary["superhuman"]) == (1.266, 0.636, 10)
+    assert (round(summary["mean"], 3), round(summary["iqm"], 3), summary["superhuman"]) == (
+        1.266,
+        0.636,
+        10,
+    )
 
 
 def test_games_with_other_numbers_of_runs_weigh_alike(rliable):
@@ -280,9 +329,13 @@ def test_report_of_all_games(whole, rliable):
         assert summary["iqm"] == pytest.approx(metrics.aggregate_iqm(matrix))
         assert summary["superhuman"] == sum(matrix[:, i].mean() > 1 for i in range(len(games)))
         assert summary["har_hns"] == pytest.approx(report.harmonic_hns(matrix.mean(0)))
-        assert summary["n_games"] == len(games) and summary["n_runs"] == 2 and not summary["missing"]
+        assert (
+            summary["n_games"] == len(games) and summary["n_runs"] == 2 and not summary["missing"]
+        )
     asymmetry = {record["agent"]: record for record in load(whole, "asymmetry")}
-    ratio = aggregates["full"]["agent_optimal"]["mean"] / aggregates["full"]["human_optimal"]["mean"]
+    ratio = (
+        aggregates["full"]["agent_optimal"]["mean"] / aggregates["full"]["human_optimal"]["mean"]
+    )
     assert asymmetry["full"]["mean_ratio"] == pytest.approx(ratio)
     text = (whole / "out" / "report.md").read_text()
     assert "full (n=2)" in text and "full: 5 games per run, 26 of 26 games" in text
@@ -296,7 +349,9 @@ def test_report_has_the_scores_of_each_game(whole):
         expected = np.mean(scores(game, 2))
         assert table["full"][game]["mean"] == pytest.approx(expected)
         assert float(rows["full", game]["hns"]) == pytest.approx(normalised(game, expected))
-        assert table["full"][game]["std"] == pytest.approx(abs(np.diff(scores(game, 2))[0]) / math.sqrt(2))  # n - 1
+        assert table["full"][game]["std"] == pytest.approx(
+            abs(np.diff(scores(game, 2))[0]) / math.sqrt(2)
+        )  # n - 1
         assert table["full"][game]["n_runs"] == 2 and table["full"][game]["episodes_per_run"] == 5
     assert set(table["few"]) == set(FEW) and table["few"]["Alien"]["n_runs"] == 1
     lines = (whole / "out" / "scores.md").read_text().splitlines()
@@ -305,36 +360,71 @@ def test_report_has_the_scores_of_each_game(whole):
     assert "not run" in next(line for line in lines if line.startswith("| Freeway"))
     by_size = {(r["actions"], r["agent"]): r for r in load(whole, "action_sets")}
     assert by_size[18, "few"]["n_games"] == 1 and by_size[18, "few"]["of_games"] == 13
-    assert sum(by_size[size, "full"]["n_games"] for size in {g["actions"] for g in report.GAMES.values()}) == 26
+    assert (
+        sum(
+            by_size[size, "full"]["n_games"]
+            for size in {g["actions"] for g in report.GAMES.values()}
+        )
+        == 26
+    )
 
 
 def test_no_aggregate_over_missing_games(whole, rliable):
     _, metrics = rliable
     for subset, games in report.SUBSETS.items():
         summary = load(whole, "aggregates")["few"][subset]
-        for key in ("mean", "median", "iqm", "optimality_gap", "superhuman", "har_hns", "mean_interval"):
+        for key in (
+            "mean",
+            "median",
+            "iqm",
+            "optimality_gap",
+            "superhuman",
+            "har_hns",
+            "mean_interval",
+        ):
             assert summary[key] is None, (subset, key)
         assert (
             summary["n_games"] == len(set(FEW) & set(games))
             and len(summary["missing"]) == len(games) - summary["n_games"]
         )
-    lines = [line for line in (whole / "out" / "aggregates.md").read_text().splitlines() if line.startswith("| few")]
-    assert len(lines) == 3 and all(not any(c.isdigit() for c in line.split("|")[4]) for line in lines)
+    lines = [
+        line
+        for line in (whole / "out" / "aggregates.md").read_text().splitlines()
+        if line.startswith("| few")
+    ]
+    assert len(lines) == 3 and all(
+        not any(c.isdigit() for c in line.split("|")[4]) for line in lines
+    )
     assert "few" not in {record["agent"] for record in load(whole, "asymmetry")}
     same = {record["agent"]: record for record in load(whole, "same_games")}
     matrix = np.stack(
-        [normalised(game, AGENTS["DIAMOND"].scores[game]) for game in sorted(FEW, key=GAMES.index)], axis=1
+        [normalised(game, AGENTS["DIAMOND"].scores[game]) for game in sorted(FEW, key=GAMES.index)],
+        axis=1,
     )
-    assert same["DIAMOND"]["iqm"] == pytest.approx(metrics.aggregate_iqm(matrix)) and same["DIAMOND"]["n_games"] == 3
-    assert same["few"]["mean"] is not None and same["few"]["mean_interval"] is None  # one game has one run
+    assert (
+        same["DIAMOND"]["iqm"] == pytest.approx(metrics.aggregate_iqm(matrix))
+        and same["DIAMOND"]["n_games"] == 3
+    )
+    assert (
+        same["few"]["mean"] is not None and same["few"]["mean_interval"] is None
+    )  # one game has one run
     assert "3 of 26 games" in (whole / "out" / "same_games.md").read_text()
 
 
 def test_report_has_runs_curves_and_pictures(whole):
     runs = load(whole, "runs")
-    assert len(runs) == 2 * 26 + 5 and all(run["hours"] == 1.5 and run["peak_memory_gib"] == 3 for run in runs)
-    assert runs[0]["file"] == "Alien__0/result.json" and "open" in (whole / "out" / "runs.md").read_text()
-    curve = [r for r in load(whole, "learning_curves") if (r["agent"], r["game"], r["seed"]) == ("few", "Pong", 1)]
+    assert len(runs) == 2 * 26 + 5 and all(
+        run["hours"] == 1.5 and run["peak_memory_gib"] == 3 for run in runs
+    )
+    assert (
+        runs[0]["file"] == "Alien__0/result.json"
+        and "open" in (whole / "out" / "runs.md").read_text()
+    )
+    curve = [
+        r
+        for r in load(whole, "learning_curves")
+        if (r["agent"], r["game"], r["seed"]) == ("few", "Pong", 1)
+    ]
     assert [r["env_steps"] for r in curve] == [0, 900, 1000]
     assert [r["mean_return"] for r in curve] == [1, 2, result("Pong", 1)["mean_return"]]
     names = {path.name for path in (whole / "out").iterdir()}
@@ -345,7 +435,9 @@ def test_report_has_runs_curves_and_pictures(whole):
     text = (whole / "out" / "report.md").read_text()
     assert all(f"({picture}.png)" in text for picture in report.PICTURES) and str(whole) not in text
     defined = re.findall(r"^\[\^(\w+)\]: ", text, re.MULTILINE)
-    assert len(defined) == len(set(defined)) and set(defined) == set(re.findall(r"\[\^(\w+)\](?!:)", text))
+    assert len(defined) == len(set(defined)) and set(defined) == set(
+        re.findall(r"\[\^(\w+)\](?!:)", text)
+    )
 
 
 def test_report_is_replaced_as_a_whole_or_not_at_all(pictures, tmp_path, monkeypatch, capsys):
@@ -356,7 +448,11 @@ def test_report_is_replaced_as_a_whole_or_not_at_all(pictures, tmp_path, monkeyp
     (out / "learning_curves.csv").write_text("of an earlier report")
     assert report.main(["--published", "--out", str(out), "--reps", "2"]) == 0
     names = {path.name for path in out.iterdir()}
-    assert "report.md" in names and "learning_curves.csv" not in names and not list(tmp_path.glob(".*"))
+    assert (
+        "report.md" in names
+        and "learning_curves.csv" not in names
+        and not list(tmp_path.glob(".*"))
+    )
     assert "nothing measured here" in (out / "report.md").read_text()
     before = snapshot(out)
     assert report.main(["--published", "--out", str(out), "--reps", "2"]) == 0
@@ -390,27 +486,57 @@ def test_readme_table(rliable, tmp_path, capsys):
     for seed in range(2):
         write_run(tmp_path / "small", "Pong", seed)
     before = snapshot(tmp_path)
-    assert report.main([f"small={tmp_path / 'small'}", f"paper={tmp_path / 'paper'}", "--readme-table"]) == 0
+    assert (
+        report.main(
+            [f"small={tmp_path / 'small'}", f"paper={tmp_path / 'paper'}", "--readme-table"]
+        )
+        == 0
+    )
     printed = capsys.readouterr()
     lines = printed.out.strip().splitlines()
     assert (lines[0], lines[-1]) == report.README_MARKERS and snapshot(tmp_path) == before
     assert "paper" in printed.err and len(lines) == 2 + 2 + 26 + 6
     header = [cell.strip() for cell in lines[1].split("|")[1:-1]]
-    assert header == ["Game", "Random", "Human", "DIAMOND (n=5)", "small (n=2, 5 games each)", "paper"]
-    cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[3:-1]}
-    assert cells["Pong"][3].startswith(f"{np.mean(scores('Pong', 2)):,.1f} ± ") and cells["Pong"][4] == "not run"
+    assert header == [
+        "Game",
+        "Random",
+        "Human",
+        "DIAMOND (n=5)",
+        "small (n=2, 5 games each)",
+        "paper",
+    ]
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in lines[3:-1]
+    }
+    assert (
+        cells["Pong"][3].startswith(f"{np.mean(scores('Pong', 2)):,.1f} ± ")
+        and cells["Pong"][4] == "not run"
+    )
     assert cells["Alien"][3] == "not run"
-    assert cells["IQM, 26 games"] == ["", "", "0.641", "not run (1 of 26 games)", "not run (0 of 26 games)"]
+    assert cells["IQM, 26 games"] == [
+        "",
+        "",
+        "0.641",
+        "not run (1 of 26 games)",
+        "not run (0 of 26 games)",
+    ]
 
 
 def test_the_stochastic_script_is_an_agent_of_its_own_in_each_environment(tmp_path):
     played = {"plain": {"returns": [20.0, 21.0], "mean_return": 20.5}}
-    extra = dict(script="jedi_atari_stochastic", environment="stochastic", other_environments=played)
+    extra = dict(
+        script="jedi_atari_stochastic", environment="stochastic", other_environments=played
+    )
     write_run(tmp_path / "s", "Pong", 0, **extra)
     write_run(tmp_path / "p", "Pong", 0)
     groups, _ = report.load_groups([str(tmp_path)])
     agents = {agent.name: agent for agent in report.measured_agents(groups)}
-    assert set(agents) == {"jedi_atari", "jedi_atari_stochastic [stochastic]", "jedi_atari_stochastic [plain]"}
+    assert set(agents) == {
+        "jedi_atari",
+        "jedi_atari_stochastic [stochastic]",
+        "jedi_atari_stochastic [plain]",
+    }
     assert agents["jedi_atari_stochastic [plain]"].scores["Pong"] == [20.5]
     assert agents["jedi_atari"].scores["Pong"] == pytest.approx(scores("Pong", 1))
 
@@ -418,12 +544,23 @@ def test_the_stochastic_script_is_an_agent_of_its_own_in_each_environment(tmp_pa
 def test_real_run_folder_is_understood(tmp_path, request):
     jedi = pytest.importorskip("jedi_atari", reason="the training script cannot be imported here")
     args = request.getfixturevalue("micro")
-    short = dict(total_steps=90, first_steps_max=70, first_diffusion_updates=1, first_reward_updates=1, final_epochs=0)
-    args = jedi.dataclasses.replace(args, env_id="ALE/Freeway-v5", run_dir=str(tmp_path / "run"), **short)
+    short = dict(
+        total_steps=90,
+        first_steps_max=70,
+        first_diffusion_updates=1,
+        first_reward_updates=1,
+        final_epochs=0,
+    )
+    args = jedi.dataclasses.replace(
+        args, env_id="ALE/Freeway-v5", run_dir=str(tmp_path / "run"), **short
+    )
     trained = jedi.train(args)
     runs, unfinished = report.find_runs(tmp_path)
     assert not unfinished and [run.game for run in runs] == ["Freeway"]
-    assert runs[0].curve[0][0] == 0 and runs[0].curve[-1] == (trained["env_steps"], trained["mean_return"])
+    assert runs[0].curve[0][0] == 0 and runs[0].curve[-1] == (
+        trained["env_steps"],
+        trained["mean_return"],
+    )
     agent = report.measured_agents(report.group_runs("", runs))[0]
     assert agent.name == "jedi_atari" and agent.scores["Freeway"] == [np.mean(trained["returns"])]
     settings, known = runs[0].settings, {field.name for field in jedi.dataclasses.fields(args)}
@@ -461,7 +598,10 @@ BROKEN = {
     "altered mean": (edit(mean_return=1e6), "is not the mean"),
     "bad seed": (edit(seed=0.5), "'seed' is 0.5"),
     "seed is true": (edit(seed=True), "'seed' is True"),
-    "other environment without returns": (edit(other_environments={"plain": {}}), "'other_environments'"),
+    "other environment without returns": (
+        edit(other_environments={"plain": {}}),
+        "'other_environments'",
+    ),
 }
 
 
@@ -484,7 +624,9 @@ def test_broken_results_are_named_and_nothing_is_written(name, tmp_path, capsys)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "report.md").write_text("an earlier report")
     before = snapshot(tmp_path)
-    refused([str(tmp_path / "runs"), "--out", str(tmp_path / "out")], capsys, str(path), message, "move")
+    refused(
+        [str(tmp_path / "runs"), "--out", str(tmp_path / "out")], capsys, str(path), message, "move"
+    )
     assert snapshot(tmp_path) == before
 
 
@@ -515,10 +657,16 @@ def test_mixed_settings_are_named(tmp_path, capsys):
 
 def test_device_seed_and_game_are_not_settings(tmp_path):
     write_run(tmp_path, "Pong", 0)
-    write_run(tmp_path, "Boxing", 1, args=result("Boxing", 1)["args"] | {"device": "cuda:3", "threads": 2})
+    write_run(
+        tmp_path, "Boxing", 1, args=result("Boxing", 1)["args"] | {"device": "cuda:3", "threads": 2}
+    )
     write_run(tmp_path, "Pong", 1, env_id="PongNoFrameskip-v4")
     groups, _ = report.load_groups([str(tmp_path)])
-    assert {(run.game, run.result["seed"]) for run in groups["jedi_atari"]} == {("Pong", 0), ("Boxing", 1), ("Pong", 1)}
+    assert {(run.game, run.result["seed"]) for run in groups["jedi_atari"]} == {
+        ("Pong", 0),
+        ("Boxing", 1),
+        ("Pong", 1),
+    }
 
 
 def test_a_seed_counts_once(tmp_path, capsys):

@@ -20,7 +20,11 @@ from hypothesis import strategies as st
 import jedi_atari as jedi
 
 HERE = Path(__file__).resolve().parent
-FLAGS = [x for name, value in {**MICRO, "checkpoint_every": 2}.items() for x in (jedi.flag(name), str(value))]
+FLAGS = [
+    x
+    for name, value in {**MICRO, "checkpoint_every": 2}.items()
+    for x in (jedi.flag(name), str(value))
+]
 # How often each place is come to in a whole run of FLAGS, about: kills are drawn from it.
 VISITS = {
     "collect": 120,
@@ -38,8 +42,18 @@ def start(run_dir: Path, when: str = "never:1:9", *extra: str, **options) -> sub
     """Begin a run, or carry it on if it has a checkpoint."""
     begun = (run_dir / "checkpoint.pt").exists()
     arguments = ["--resume"] if begun else FLAGS
-    command = [sys.executable, str(HERE / "kill_me.py"), when, *arguments, "--run-dir", str(run_dir), *extra]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    command = [
+        sys.executable,
+        str(HERE / "kill_me.py"),
+        when,
+        *arguments,
+        "--run-dir",
+        str(run_dir),
+        *extra,
+    ]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -56,13 +70,18 @@ def outcome(run_dir: Path) -> dict:
     result["args"] = {k: v for k, v in result["args"].items() if k not in ("run_dir", "resume")}
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     moments = {
-        f"{n}.{i}.{k}": t for n, o in saved["optimizers"].items() for i, s in o["state"].items() for k, t in s.items()
+        f"{n}.{i}.{k}": t
+        for n, o in saved["optimizers"].items()
+        for i, s in o["state"].items()
+        for k, t in s.items()
     }
     return {
         "metrics": [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows],
         "result": result,
         "weights": {k: v.numpy().tobytes() for k, v in {**saved["agent"], **moments}.items()},
-        "decoder": [{k: v.numpy().tobytes() for k, v in network.items()} for network in saved["decoder"][:1]],
+        "decoder": [
+            {k: v.numpy().tobytes() for k, v in network.items()} for network in saved["decoder"][:1]
+        ],
         "generators": saved["rng"]["cpu"].numpy().tobytes(),
         "game": saved["collector"]["game"]["emulator"].numpy().tobytes(),
         "replay": (run_dir / "replay.bin").read_bytes(),
@@ -83,7 +102,9 @@ def reference(tmp_path_factory):
     return run_dir, outcome(run_dir)
 
 
-def kill_again_and_again(run_dir: Path, places: list[str], rng: random.Random, share: int = 3) -> list[str]:
+def kill_again_and_again(
+    run_dir: Path, places: list[str], rng: random.Random, share: int = 3
+) -> list[str]:
     """SIGKILL at a random visit of each place, within the first `share`-th of them from where the run stands, in a
     random order; returns the kills that struck."""
     struck = []
@@ -153,7 +174,11 @@ def test_signals_stop_in_order(reference, tmp_path):
         began = time.monotonic()
         status, err = finish(start(run_dir, f"{when}:{int(number)}"))
         assert status == 128 + number, (when, err)
-        assert err.count("\n") == 1 and f"stopped by {number.name}" in err and f"--resume --run-dir {run_dir}" in err
+        assert (
+            err.count("\n") == 1
+            and f"stopped by {number.name}" in err
+            and f"--resume --run-dir {run_dir}" in err
+        )
         assert time.monotonic() - began < 60
     end(run_dir)
     assert_same(run_dir, reference[1])
@@ -161,9 +186,24 @@ def test_signals_stop_in_order(reference, tmp_path):
 
 def test_a_signal_is_obeyed_within_seconds(tmp_path):
     """From outside, in the longest phase, at a size where an update takes a while."""
-    flags = ["--preset", "tiny", "--threads", "1", "--first-steps-min", "100", "--first-steps-max", "100"]
+    flags = [
+        "--preset",
+        "tiny",
+        "--threads",
+        "1",
+        "--first-steps-min",
+        "100",
+        "--first-steps-max",
+        "100",
+    ]
     flags += ["--final-episodes", "1", "--eval-episodes", "1", "--max-episode-steps", "60"]
-    command = [sys.executable, str(ROOT / "jedi_atari.py"), *flags, "--run-dir", str(tmp_path / "r")]
+    command = [
+        sys.executable,
+        str(ROOT / "jedi_atari.py"),
+        *flags,
+        "--run-dir",
+        str(tmp_path / "r"),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if "whole run" in line:
@@ -198,7 +238,9 @@ def test_files_that_may_not_grow(reference, tmp_path):
     """A quota on the size of files: one clear line, and the run goes on where there is room again."""
     run_dir = tmp_path / "r"
     # The replay grows to about 1.6 MB; a checkpoint with the decoder's would be larger.
-    status, err = finish(start(run_dir, "never:1:9", "--no-decoder", preexec_fn=limit_files(1_200_000)))
+    status, err = finish(
+        start(run_dir, "never:1:9", "--no-decoder", preexec_fn=limit_files(1_200_000))
+    )
     assert status == 1 and err.count("\n") == 1 and "File too large" in err, err
     assert jedi.load_checkpoint(run_dir, torch.device("cpu"))["collector"]["steps"] > 0
     assert not list(run_dir.glob("*.tmp"))  # what could not be finished takes no room
@@ -219,7 +261,10 @@ def test_a_full_disk(reference, tmp_path):
         status, err = finish(start(disk / "r"))
         assert status == 1 and err.count("\n") == 1 and "No space left" in err, err
         saved = jedi.load_checkpoint(disk / "r", torch.device("cpu"))
-        assert saved["replay_size"] * jedi.ReplayBuffer.RECORD.itemsize <= (disk / "r" / "replay.bin").stat().st_size
+        assert (
+            saved["replay_size"] * jedi.ReplayBuffer.RECORD.itemsize
+            <= (disk / "r" / "replay.bin").stat().st_size
+        )
         shutil.copytree(disk / "r", tmp_path / "r")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -236,13 +281,17 @@ def test_a_folder_deleted_under_the_run(tmp_path):
     while run_dir.exists():  # again if the run writes into it in the middle of the deletion
         shutil.rmtree(run_dir, ignore_errors=True)
     status, err = finish(process)
-    assert status == 1 and err.count("\n") == 1 and str(run_dir) in err and "No such file" in err, err
+    assert status == 1 and err.count("\n") == 1 and str(run_dir) in err and "No such file" in err, (
+        err
+    )
 
 
 def test_a_read_only_folder(tmp_path):
     run_dir = tmp_path / "r"
     run_dir.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(run_dir)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(run_dir)], capture_output=True
+    ).returncode:
         pytest.skip("no right to mount a file system here")
     try:
         status, err = finish(start(run_dir))
@@ -255,14 +304,26 @@ def test_out_of_memory_is_one_line():
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (6_000_000_000, 6_000_000_000))
 
-    command = [sys.executable, str(ROOT / "jedi_atari.py"), "--preset", "tiny", "--batch-size", "4096", "--dry-run"]
+    command = [
+        sys.executable,
+        str(ROOT / "jedi_atari.py"),
+        "--preset",
+        "tiny",
+        "--batch-size",
+        "4096",
+        "--dry-run",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=limit)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "out of memory" in done.stderr, done.stderr
+    assert (
+        done.returncode == 1 and done.stderr.count("\n") == 1 and "out of memory" in done.stderr
+    ), done.stderr
 
 
 def test_the_replay_can_go_when_the_result_is_there(tmp_path):
     assert finish(start(tmp_path / "r", "never:1:9", "--no-keep-replay")) == (0, "")
-    assert (tmp_path / "r" / "result.json").exists() and not (tmp_path / "r" / "replay.bin").exists()
+    assert (tmp_path / "r" / "result.json").exists() and not (
+        tmp_path / "r" / "replay.bin"
+    ).exists()
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +334,11 @@ def recorded(tmp_path_factory):
     for step in range(38):
         frame = jedi.np.full((64, 64, 3), rng.randrange(256), "uint8")
         buffer.add(
-            frame, rng.randrange(6), float(rng.randrange(-1, 2)), step in (9, 30), frame if step in (9, 30) else None
+            frame,
+            rng.randrange(6),
+            float(rng.randrange(-1, 2)),
+            step in (9, 30),
+            frame if step in (9, 30) else None,
         )
     assert buffer.sync() == 40
     return path.read_bytes()
@@ -316,7 +381,8 @@ def test_a_replay_file_with_any_bit_turned(recorded, tmp_path_factory, position,
     altered = bytearray(recorded)
     altered[position] ^= 1 << bit
     with pytest.raises(
-        jedi.BadInput, match=f"record {position // jedi.ReplayBuffer.RECORD.itemsize} fails its checksum"
+        jedi.BadInput,
+        match=f"record {position // jedi.ReplayBuffer.RECORD.itemsize} fails its checksum",
     ):
         load(tmp_path_factory.mktemp("bit") / "replay.bin", bytes(altered), 40)
 
@@ -324,7 +390,9 @@ def test_a_replay_file_with_any_bit_turned(recorded, tmp_path_factory, position,
 @pytest.fixture(scope="module")
 def small_checkpoint(tmp_path_factory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("checkpoint")
-    jedi.save_checkpoint(folder, {"script": "jedi_atari", "weights": torch.randn(50), "numbers": [1, 2.5, None, "x"]})
+    jedi.save_checkpoint(
+        folder, {"script": "jedi_atari", "weights": torch.randn(50), "numbers": [1, 2.5, None, "x"]}
+    )
     return folder, (folder / "checkpoint.pt").read_bytes()
 
 
@@ -336,7 +404,11 @@ def test_a_checkpoint_cut_or_altered_anywhere(small_checkpoint, data):
         bad = good[: data.draw(st.integers(0, len(good) - 1))]
     else:
         position = data.draw(st.integers(0, len(good) - 1))
-        bad = good[:position] + bytes([good[position] ^ data.draw(st.integers(1, 255))]) + good[position + 1 :]
+        bad = (
+            good[:position]
+            + bytes([good[position] ^ data.draw(st.integers(1, 255))])
+            + good[position + 1 :]
+        )
     (folder / "checkpoint.pt").write_bytes(bad)
     with pytest.raises(jedi.BadInput, match=r"checkpoint\.pt"):
         jedi.load_checkpoint(folder, torch.device("cpu"))
@@ -370,7 +442,9 @@ def resident_bytes() -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_stays_level_over_20000_updates(tmp_path):
-    args = jedi.Args(**{**MICRO, "batch_size": 1, "horizon": 1, "reward_window": 1, "sample_steps": 1})
+    args = jedi.Args(
+        **{**MICRO, "batch_size": 1, "horizon": 1, "reward_window": 1, "sample_steps": 1}
+    )
     device = torch.device("cpu")
     collector, replay = jedi.Collector(args), jedi.ReplayBuffer(2_000, device)
     agent = jedi.Agent(6, args)

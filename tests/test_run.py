@@ -41,7 +41,9 @@ def counted(tmp_path_factory):
                 return original(*a, **k)
 
             patch.setattr(jedi, name, wrapper)
-        patch.setattr(jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01))
+        patch.setattr(
+            jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01)
+        )
         result = jedi.train(args)
     return jedi.Path(args.run_dir), args, result, counts
 
@@ -77,7 +79,9 @@ def test_the_result_holds_everything(counted):
     run_dir, args, result, _ = counted
     assert json.loads((run_dir / "result.json").read_text()) == json.loads(json.dumps(result))
     assert not set(RESULT_KEYS) - set(result)
-    assert result["mean_return"] == np.mean(result["returns"]) and result["std_return"] == np.std(result["returns"])
+    assert result["mean_return"] == np.mean(result["returns"]) and result["std_return"] == np.std(
+        result["returns"]
+    )
     assert result["human_normalized_score"] == pytest.approx((result["mean_return"] + 20.7) / 35.3)
     assert len(result["open_loop_ratio"]) == len(result["open_loop_ratio_untrained"]) == 15
     assert all(math.isfinite(v) and v > 0 for v in result["open_loop_ratio"])
@@ -89,10 +93,14 @@ def test_tensorboard_and_the_metrics_file_agree(counted):
     run_dir, *_ = counted
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    board = {(tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)}
+    board = {
+        (tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)
+    }
     rows = metrics_of(run_dir)
     assert all(math.isfinite(v) for row in rows for v in row.values())
-    file = {(key, row["epoch"]): value for row in rows for key, value in row.items() if key != "epoch"}
+    file = {
+        (key, row["epoch"]): value for row in rows for key, value in row.items() if key != "epoch"
+    }
     assert set(board) == set(file)
     assert all(board[key] == pytest.approx(file[key], rel=1e-5) for key in file)
 
@@ -107,7 +115,9 @@ def test_the_checkpoint_is_plain_data_and_rebuilds_the_agent(counted):
 
 
 def quiet_costs(monkeypatch):
-    monkeypatch.setattr(jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01))
+    monkeypatch.setattr(
+        jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01)
+    )
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(counted, tmp_path, monkeypatch):
@@ -115,7 +125,10 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(counted, tmp_path
     quiet_costs(monkeypatch)
     again = jedi.train(replace(args, run_dir=str(tmp_path / "same")))
     assert without_time(metrics_of(tmp_path / "same")) == without_time(metrics_of(run_dir))
-    assert again["returns"] == result["returns"] and again["open_loop_ratio"] == result["open_loop_ratio"]
+    assert (
+        again["returns"] == result["returns"]
+        and again["open_loop_ratio"] == result["open_loop_ratio"]
+    )
     other = jedi.train(replace(args, run_dir=str(tmp_path / "other"), seed=1))
     assert without_time(metrics_of(tmp_path / "other"))[1] != without_time(metrics_of(run_dir))[1]
     assert other["open_loop_ratio"] != result["open_loop_ratio"]
@@ -147,7 +160,10 @@ def test_a_stopped_run_carries_on_as_if_it_had_not_stopped(counted, tmp_path, mo
     assert resumed["returns"] == result["returns"] and resumed["updates"] == result["updates"]
     assert without_time(metrics_of(tmp_path / "r")) == without_time(metrics_of(run_dir))
     assert (tmp_path / "r" / "replay.bin").read_bytes() == (run_dir / "replay.bin").read_bytes()
-    a, b = (torch.load(d / "checkpoint.pt", weights_only=True)["agent"] for d in (run_dir, tmp_path / "r"))
+    a, b = (
+        torch.load(d / "checkpoint.pt", weights_only=True)["agent"]
+        for d in (run_dir, tmp_path / "r")
+    )
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -157,8 +173,16 @@ def command_line(args: dict) -> list[str]:
 
 def test_the_command_line_end_to_end(tmp_path):
     run_dir = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "jedi_atari.py"), "--env-id", "Pong", *command_line(MICRO)]
-    done = subprocess.run([*command, "--run-dir", str(run_dir)], capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        str(ROOT / "jedi_atari.py"),
+        "--env-id",
+        "Pong",
+        *command_line(MICRO),
+    ]
+    done = subprocess.run(
+        [*command, "--run-dir", str(run_dir)], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no warning of any library
     for text in (
@@ -174,8 +198,17 @@ def test_the_command_line_end_to_end(tmp_path):
     assert not set(RESULT_KEYS) - set(result) and result["args"]["horizon"] == MICRO["horizon"]
     # The finished run can be evaluated again, and its folder is not touched but for one new file.
     before = {p.name: p.stat().st_mtime_ns for p in run_dir.iterdir()}
-    again = [sys.executable, str(ROOT / "jedi_atari.py"), "--eval-only", str(run_dir), "--final-episodes", "2"]
-    done = subprocess.run([*again, "--max-episode-steps", "30"], capture_output=True, text=True, timeout=600)
+    again = [
+        sys.executable,
+        str(ROOT / "jedi_atari.py"),
+        "--eval-only",
+        str(run_dir),
+        "--final-episodes",
+        "2",
+    ]
+    done = subprocess.run(
+        [*again, "--max-episode-steps", "30"], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0 and "over 2 games" in done.stdout, done.stderr
     after = {p.name: p.stat().st_mtime_ns for p in run_dir.iterdir()}
     new = set(after) - set(before)
@@ -212,14 +245,26 @@ def test_imagined_and_recorded_play_are_aligned(counted):
     rng = np.random.default_rng(0)
     for step in range(200):
         frame = np.full((64, 64, 3), step, np.uint8)
-        buffer.add(frame, int(rng.integers(6)), float(step % 7 == 0), step == 199, frame if step == 199 else None)
+        buffer.add(
+            frame,
+            int(rng.integers(6)),
+            float(step % 7 == 0),
+            step == 199,
+            frame if step == 199 else None,
+        )
     buffer.flush()
 
     class Truth(torch.nn.Module):
         """Latents that say which step they are; a reward model that knows which steps are rewarded."""
 
         def encode(self, frames, mask=None):
-            return frames[..., :8, :8, :1].permute(0, 1, 4, 2, 3).float().expand(-1, -1, 16, -1, -1).clone()
+            return (
+                frames[..., :8, :8, :1]
+                .permute(0, 1, 4, 2, 3)
+                .float()
+                .expand(-1, -1, 16, -1, -1)
+                .clone()
+            )
 
         def encoder(self, frames):
             return self.encode(frames[None])[0]
@@ -228,8 +273,12 @@ def test_imagined_and_recorded_play_are_aligned(counted):
 
         def reward(self, z, actions):
             step = z[:, :-1].mean((2, 3, 4)).round()
-            assert torch.equal(z[:, 1:].mean((2, 3, 4)).round().clamp(max=199), (step + 1).clamp(max=199))
-            rewarded = torch.stack([torch.zeros_like(step), (step % 7 != 0).float(), (step % 7 == 0).float()], -1)
+            assert torch.equal(
+                z[:, 1:].mean((2, 3, 4)).round().clamp(max=199), (step + 1).clamp(max=199)
+            )
+            rewarded = torch.stack(
+                [torch.zeros_like(step), (step % 7 != 0).float(), (step % 7 == 0).float()], -1
+            )
             ended = torch.stack([(step != 199).float(), (step == 199).float()], -1)
             return 50 * rewarded, 50 * ended
 
@@ -260,7 +309,10 @@ def test_games_shorter_than_the_measures_are_measured_as_far_as_they_go(micro):
     buffer.flush()
     measures = jedi.measure_world_model(agent, buffer, args)
     assert len(measures["open_loop_ratio"]) == 4 and all(v > 0 for v in measures["open_loop_ratio"])
-    assert all(0 < measures[f"reward_prob_{k}"] < 1 for k in (0, 1, 3)) and measures["reward_prob_5"] is None
+    assert (
+        all(0 < measures[f"reward_prob_{k}"] < 1 for k in (0, 1, 3))
+        and measures["reward_prob_5"] is None
+    )
 
 
 def test_peak_memory_is_this_process_own():

@@ -30,7 +30,12 @@ def pixel_agent() -> pixel.PixelAgent:
 def test_the_baselines_sizes():
     """Parameters of DIAMOND at 18 actions: 4.41, 5.90 and 3.24 million, 13,546,326 in all."""
     counts = pixel.parameter_counts(pixel.PixelAgent(18, jedi.Args()))
-    assert counts == {"denoiser": 4_406_851, "reward": 5_902_656, "policy": 3_236_819, "total": 13_546_326}
+    assert counts == {
+        "denoiser": 4_406_851,
+        "reward": 5_902_656,
+        "policy": 3_236_819,
+        "total": 13_546_326,
+    }
 
 
 def test_the_baseline_trains(pixel_agent):
@@ -57,7 +62,9 @@ def test_the_baselines_frames_are_quantised(pixel_agent):
     args = jedi.Args()
     context = pixel.to_pixels(random_windows(args, 4, batch=2).frames)
     x = torch.randn(2, 3, 64, 64)
-    clean = pixel.denoise(pixel_agent, x, torch.full((2,), 1.0), context, torch.zeros(2, 4, dtype=torch.int64), args)
+    clean = pixel.denoise(
+        pixel_agent, x, torch.full((2,), 1.0), context, torch.zeros(2, 4, dtype=torch.int64), args
+    )
     values = (clean.detach() + 1) * 127.5
     assert clean.abs().max() <= 1 and torch.allclose(values, values.round(), atol=1e-3)
     frames = random_windows(args, 1).frames
@@ -93,16 +100,23 @@ def losses_and_gradients(args: jedi.Args, bf16: bool = False) -> list[torch.Tens
         with part.compiled, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             value, _ = part.loss(agent, batch, args)
         value.backward()
-        result += [value.detach(), *(p.grad.clone() for p in agent.parameters() if p.grad is not None)]
+        result += [
+            value.detach(),
+            *(p.grad.clone() for p in agent.parameters() if p.grad is not None),
+        ]
     return result
 
 
 def report_differences(title: str, one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
     """For `pytest -s`: differences of the losses, and of all gradients together, as shares of their size."""
-    losses = [abs(a - b).item() / abs(a).item() for a, b in zip(one, other, strict=True) if not a.dim()]
+    losses = [
+        abs(a - b).item() / abs(a).item() for a, b in zip(one, other, strict=True) if not a.dim()
+    ]
     joined = [torch.cat([x.flatten() for x in side if x.dim()]) for side in (one, other)]
     gradients = ((joined[0] - joined[1]).norm() / joined[0].norm()).item()
-    print(f"{title}: losses differ by {', '.join(f'{x:.1e}' for x in losses)}; gradients by {gradients:.1e}")
+    print(
+        f"{title}: losses differ by {', '.join(f'{x:.1e}' for x in losses)}; gradients by {gradients:.1e}"
+    )
 
 
 def test_bf16_and_fp32_agree(micro):
@@ -145,7 +159,9 @@ def test_compiled_methods_are_in_place_only_within(micro, agent):
 def test_a_batch_costs_the_same_however_full_the_replay_is():
     """Drawing and gathering 32 windows from 60,000 records and from 2,000: within a wide margin, the same time."""
     args, times = jedi.Args(), {}
-    replays = {records: speed.full_buffer(records, torch.device("cpu")) for records in (2_000, 60_000)}
+    replays = {
+        records: speed.full_buffer(records, torch.device("cpu")) for records in (2_000, 60_000)
+    }
     calls = {
         records: (lambda r=replay: r.sample_frames(args.batch_size, 6, final=True))
         for records, replay in replays.items()
@@ -167,7 +183,10 @@ def test_jedi_is_ahead(tmp_path):
     result = json.loads((tmp_path / "speed.json").read_text())
     assert set(result["ratios"]) == {"sample", "imagine", "updates", "memory"}
     assert result["ratios"]["sample"] >= 10, result["ratios"]
-    assert result["ratios"]["updates"] > 2 and result["projected_hours"] < result["projected_hours_pixel"]
+    assert (
+        result["ratios"]["updates"] > 2
+        and result["projected_hours"] < result["projected_hours_pixel"]
+    )
     # The machine's own rate is that of one matrix product: on a shared machine it can be measured in a slow moment.
     assert 0.02 < result["matrix_rate_share"] < 5
     assert result["parameters"]["pixel"]["total"] == 13_546_326
@@ -208,7 +227,11 @@ def test_the_tables_in_results_are_made_from_the_json(name, make_table):
     folder = ROOT / "results/speed"
     result = json.loads((folder / f"{name}.json").read_text())
     text = (folder / f"{name}.md").read_text()
-    assert make_table(result) in text and result["git_commit"] in text and "dirty" not in result["git_commit"]
+    assert (
+        make_table(result) in text
+        and result["git_commit"] in text
+        and "dirty" not in result["git_commit"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -108,12 +108,17 @@ def test_the_previous_action_is_repeated_that_often(sticky):
     # Asked actions alternate, so an executed one differs from the asked where it was repeated an odd number of times
     # in a row: with probability p - p^2 + p^3 - ... = p / (1 + p).
     share = sticky / (1 + sticky)
-    assert stats.binomtest(repeated, len(asked), share).pvalue > 0.001, (repeated / len(asked), share)
+    assert stats.binomtest(repeated, len(asked), share).pvalue > 0.001, (
+        repeated / len(asked),
+        share,
+    )
 
 
 def test_without_chance_it_is_the_main_scripts_environment():
     plain = jedi.make_env(jedi.Args(env_id="Breakout"))
-    env = stochastic.make_env(stochastic.Args(env_id="Breakout", frame_skip_min=4, frame_skip_max=4, sticky_prob=0.0))
+    env = stochastic.make_env(
+        stochastic.Args(env_id="Breakout", frame_skip_min=4, frame_skip_max=4, sticky_prob=0.0)
+    )
     rng = np.random.default_rng(3)
     assert np.array_equal(plain.reset(seed=5)[0], env.reset(seed=5)[0])
     for _ in range(1_200):
@@ -152,8 +157,19 @@ def test_the_same_seed_gives_the_same_sequence_and_another_does_not():
 
 def start(run_dir, *extra: str) -> subprocess.CompletedProcess:
     begun = (run_dir / "checkpoint.pt").exists()
-    flags = ["--resume"] if begun else [x for n, v in CHANGED.items() for x in (stochastic.flag(n), str(v))]
-    command = [sys.executable, str(ROOT / "jedi_atari_stochastic.py"), *flags, "--run-dir", str(run_dir), *extra]
+    flags = (
+        ["--resume"]
+        if begun
+        else [x for n, v in CHANGED.items() for x in (stochastic.flag(n), str(v))]
+    )
+    command = [
+        sys.executable,
+        str(ROOT / "jedi_atari_stochastic.py"),
+        *flags,
+        "--run-dir",
+        str(run_dir),
+        *extra,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -173,8 +189,12 @@ def test_a_stopped_run_resumes_exactly_and_says_where_it_was_evaluated(tmp_path)
         assert process.returncode == 0 and err == "", err
         result = json.loads((run_dir / "result.json").read_text())
         saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-        outcomes.append((result["returns"], result["other_environments"], (run_dir / "replay.bin").read_bytes()))
-        assert result["environment"] == "stochastic" and list(result["other_environments"]) == ["plain"]
+        outcomes.append(
+            (result["returns"], result["other_environments"], (run_dir / "replay.bin").read_bytes())
+        )
+        assert result["environment"] == "stochastic" and list(result["other_environments"]) == [
+            "plain"
+        ]
         assert len(result["other_environments"]["plain"]["returns"]) == MICRO["final_episodes"]
         assert result["args"]["s_churn"] == 1.0 and "last_action" in saved["collector"]["wrapper"]
     assert outcomes[0] == outcomes[1]
@@ -210,10 +230,14 @@ def test_a_checkpoint_of_the_main_script_is_refused(tmp_path, capsys):
 def test_the_documented_table_is_the_measured_one():
     measured = (ROOT / "results" / "stochasticity" / "stochasticity.md").read_text()
     assert measured in (ROOT / "docs" / "stochasticity.md").read_text()
-    rows = json.loads((ROOT / "results" / "stochasticity" / "stochasticity.json").read_text())["rows"]
+    rows = json.loads((ROOT / "results" / "stochasticity" / "stochasticity.json").read_text())[
+        "rows"
+    ]
     assert len(rows) == measured.count("\n") - 2
     for row, line in zip(rows, measured.splitlines()[2:], strict=True):
-        assert f"| {row['game']} | {row['chance']} |" in line and f"| {row['skill_1']:.2f} |" in line
+        assert (
+            f"| {row['game']} | {row['chance']} |" in line and f"| {row['skill_1']:.2f} |" in line
+        )
 
 
 def test_the_emulator_is_set_back_exactly_between_draws():

@@ -32,7 +32,9 @@ class Catch(gym.Env):
         self.paddle = min(max(self.paddle + int(action) - 1, 0), COLUMNS - 1)
         self.row += 1
         if self.drift:
-            jump = self.np_random.choice([-1, 0, 1], p=[self.drift / 2, 1 - self.drift, self.drift / 2])
+            jump = self.np_random.choice(
+                [-1, 0, 1], p=[self.drift / 2, 1 - self.drift, self.drift / 2]
+            )
             self.ball = min(max(self.ball + int(jump), 0), COLUMNS - 1)
         over = self.row == ROWS - 1
         reward = (1.0 if self.ball == self.paddle else -1.0) if over else 0.0
