@@ -29,12 +29,11 @@
 #   --gpus [TYPE:]N      GPUs of a task, which makes N x K runs (default: 1); 0: --jobs runs on CPUs
 #   --shards N           in place of --gpus: one run per task, on N shards of a GPU
 #   --max-tasks N        at most N tasks at once
-#   --grace SECONDS      warning before the time limit, to write checkpoints and queue again (default: 120)
+#   --grace SECONDS      warning before the time limit, to stop and queue again (default: 120)
 #   --slurm-arg ARG      any other option of sbatch, such as --slurm-arg=--qos=high; may be repeated
 # Without running anything
 #   --dry-run            the commands and the GPU-hours
 #   --hours-per-run H    hours that a run takes when K share a GPU; default: the mean of the finished runs in OUT
-#   --estimate           with --dry-run: also the script's own estimate for one run on this machine, which takes a while
 #   --status             the table of runs and the ends of the failed runs' logs
 #   --help
 #
@@ -72,7 +71,7 @@ note() {
 
 GAMES_ARG=all SEEDS_ARG=0-4 SCRIPT=$HERE/jedi_atari.py PRESET=paper OUT='' PYTHON=python THREADS=''
 RUNS_PER_GPU='' JOBS='' PARTITION='' ACCOUNT='' TIME='' MEM='' GPUS='' SHARDS='' MAX_TASKS='' GRACE='' HOURS=''
-SLURM_ARGS=() EXTRA=() SLURM='' DRY='' STATUS='' ESTIMATE='' TASK=''
+SLURM_ARGS=() EXTRA=() SLURM='' DRY='' STATUS='' TASK=''
 
 parse() {
     local name value
@@ -83,7 +82,6 @@ parse() {
             --slurm) SLURM=1 && shift && continue ;;
             --dry-run) DRY=1 && shift && continue ;;
             --status) STATUS=1 && shift && continue ;;
-            --estimate) ESTIMATE=1 && shift && continue ;;
             --*=*) name=${1%%=*} value=${1#*=} && shift ;;
             *) name=$1 value=${2-} && shift $(($# > 1 ? 2 : 1)) ;;
         esac
@@ -115,7 +113,7 @@ parse() {
                 HOURS=$value
                 ;;
             --task) TASK=$value ;; # internal: the file that lists the runs of each task of a job array
-            --slurm | --dry-run | --status | --estimate) die "$name takes no value" ;;
+            --slurm | --dry-run | --status) die "$name takes no value" ;;
             -*) die "unknown option $name; --help lists them, and arguments of the script go after --" ;;
             *) die "stray argument '$name'; --help lists the options, and arguments of the script go after --" ;;
         esac
@@ -176,7 +174,6 @@ check_options() { # what contradicts itself, is not there or cannot be written; 
     [[ -n $SLURM || ${#SLURM_ARGS[@]} -eq 0 ]] || die "--slurm-arg goes with --slurm"
     [[ -z $TASK || (-f $TASK && ${SLURM_ARRAY_TASK_ID-} =~ ^[0-9]+$) ]] ||
         die "--task is for the job arrays that --slurm submits"
-    [[ -z $ESTIMATE || -n $DRY ]] || die "--estimate goes with --dry-run"
     [[ -z $STATUS || -z $SLURM$DRY ]] || die "--status goes with neither --slurm nor --dry-run: it shows every run"
     [[ -z $JOBS || -z $RUNS_PER_GPU ]] || die "--jobs is for CPUs and --runs-per-gpu for GPUs; give one of them"
     [[ -z $SHARDS || -z $GPUS$RUNS_PER_GPU$JOBS ]] ||
@@ -185,8 +182,8 @@ check_options() { # what contradicts itself, is not there or cannot be written; 
     [[ ${GPUS##*:} != 0 || -z $RUNS_PER_GPU ]] || die "--gpus 0 goes with --jobs, not with --runs-per-gpu"
     for option in "${EXTRA[@]}"; do
         case ${option%%=*} in
-            --preset | --seed | --env-id | --threads | --run-dir | --resume | --eval-only | --dry-run)
-                die "${option%%=*} after --: benchmark.sh gives it to each run itself; use its own options" ;;
+            --preset | --seed | --env-id | --threads | --run-dir | --resume | --eval-only | --dry-run | --help | -h)
+                die "${option%%=*} after --: this is for benchmark.sh to say; use its own options" ;;
         esac
     done
     [[ $SCRIPT = */* || -f $SCRIPT ]] || SCRIPT=$HERE/$SCRIPT
@@ -401,14 +398,9 @@ find_threads() { # THREADS of a run, so that the runs of this machine share its 
 make_command() { # make_command RUN SLOT: COMMAND begins the run or carries it on
     local run=$1 dir=$OUT/$1
     COMMAND=(env "OMP_NUM_THREADS=$THREADS" "CUDA_VISIBLE_DEVICES=${SLOTS[$2]}" "$PYTHON" "$SCRIPT"
-        --env-id "${run%%/*}" --seed "${run##*/seed}" --preset "$PRESET" --run-dir "$dir")
-    if [[ -e $dir/checkpoint.pt ]]; then
-        COMMAND+=(--resume) # with the threads that it was begun with: their number is part of a result on CPUs
-    else
-        COMMAND+=(--threads "$THREADS")
-    fi
-    # 26 x 5 replays of the papers' size are 160 GB; a finished run has no use for its own.
-    [[ " ${EXTRA[*]} " = *-keep-replay* ]] || COMMAND+=(--no-keep-replay)
+        --env-id "${run%%/*}" --seed "${run##*/seed}" --preset "$PRESET" --run-dir "$dir" --resume)
+    # A run goes on with the threads that it was begun with: their number is part of a result on CPUs.
+    [[ -e $dir/args.json ]] || COMMAND+=(--threads "$THREADS")
     COMMAND+=("${EXTRA[@]}")
 }
 
@@ -422,15 +414,14 @@ STOP='' # the signal that asked us to stop
 SHOWN='' SHOWN_AT=-1000 LEFT='' LEFT_AT=-1000
 declare -a PIDS=() WHAT=() BEGAN=() # of each slot: its process, its run, and when that began
 
-stop() { # the first signal lets every run write a checkpoint; a second Ctrl-C does not wait for it
-    local signal=TERM pid
-    [[ -z $STOP || $1 != INT ]] || signal=INT
+stop() { # a run needs no warning: it will carry on from its last checkpoint
+    local pid
     STOP=${STOP:-$1}
-    for pid in "${PIDS[@]}"; do [[ -z $pid ]] || kill -s "$signal" "$pid" 2>/dev/null || :; done
+    for pid in "${PIDS[@]}"; do [[ -z $pid ]] || kill -s TERM "$pid" 2>/dev/null || :; done
 }
 
 begin() { # begin RUN SLOT
-    local dir=$OUT/$1 aside word early=()
+    local dir=$OUT/$1 word early=()
     read_results "$1" # days may have passed since it was last looked at
     read_state "$1"
     case ${STATE[$1]} in
@@ -444,11 +435,6 @@ begin() { # begin RUN SLOT
     if [[ ${RESULT[$1]} = broken ]]; then
         note "$1: ${NOTE[$1]}; the run counts as unfinished, the file is kept as result.json.broken"
         mv -f "$dir/result.json" "$dir/result.json.broken"
-        if [[ -e $dir/checkpoint.pt && ! -e $dir/replay.bin ]]; then # deleted when the run was finished
-            aside=$OUT/${1%%/*}/broken-${1##*/}-$(date +%Y%m%d-%H%M%S)
-            note "$1: its recorded play is gone, so it begins anew; what is left of it is kept in $aside"
-            mv "$dir" "$aside" && mkdir "$dir"
-        fi
     fi
     make_command "$1" "$2"
     printf '=== %s %s: %s\n' "$(date '+%F %T')" "$HOST" "$(printf '%q ' "${COMMAND[@]}")" >>"$dir/log.txt"
@@ -482,16 +468,16 @@ end() { # end SLOT: its process has ended
 }
 
 time_left() { # from what the running runs say of themselves and, for the waiting ones, from what a run takes
-    local each slot text seconds sum=0 longest=0 n=0 total=0 waiting
+    local each slot share seconds sum=0 longest=0 n=0 total=0 waiting
     each=$(seconds_per_run)
     for slot in "${!PIDS[@]}"; do
         [[ -n ${PIDS[$slot]} ]] || continue
-        # The script's lines of progress end with the time that the whole run has left.
-        text=$(tail -c 4000 "$OUT/${WHAT[$slot]}/log.txt" 2>/dev/null | tr '\r' '\n' | grep -a ' left' | tail -n 1 |
-            grep -aoE '([0-9]+ d )?([0-9]+:)?[0-9]+:[0-9]{2}' | tail -n 1) || text=''
-        if [[ -n $text ]]; then
-            seconds=$(awk -F'[ :d]+' '{s = 0; for (i = 1; i <= NF; i++) s = s * (NF == 4 && i == 2 ? 24 : 60) + $i
-                print s}' <<<"$text")
+        # A line `epoch 3/99, ...` ends an epoch: epochs to come over those made here, but for 0, which trains nothing.
+        share=$(awk '/^=== / {first = ""}
+            /^epoch [1-9][0-9]*\/[0-9]+,/ {split($2, e, /[\/,]/); if (first == "") first = e[1]}
+            END {if (first != "") print (e[2] - e[1]) / (e[1] - first + 1)}' "$OUT/${WHAT[$slot]}/log.txt") || share=''
+        if [[ -n $share ]]; then
+            seconds=$(awk -v s=$((SECONDS - BEGAN[slot])) -v k="$share" 'BEGIN {printf "%d", s * k}')
             total=$((total + seconds + SECONDS - BEGAN[slot])) n=$((n + 1))
         elif [[ -n $each ]]; then
             seconds=$((each > SECONDS - BEGAN[slot] ? each - SECONDS + BEGAN[slot] : 0))
@@ -684,9 +670,8 @@ dry_run() {
         awk -v n="$missing" -v s="$seconds" -v k="$share" -v u="$unit" 'BEGIN {printf "%s: %.1f", u, n * s / 3600 / k}'
         echo " ($missing runs of $(clock "$seconds") each, $source; $share at a time)"
     else
-        echo "GPU-hours: not measured; give --hours-per-run H, or --estimate for the script's own word on this machine"
+        echo "GPU-hours: not measured; give --hours-per-run H"
     fi
-    [[ -z $ESTIMATE ]] || "$PYTHON" "$SCRIPT" --env-id "${GAMES[0]}" --preset "$PRESET" "${EXTRA[@]}" --dry-run
 }
 
 main() {

@@ -1,11 +1,11 @@
 """JEDI in one file, on games with chance: sticky actions and a random number of frames per action.
+As jedi_atari.py but for arguments, environment and `s_churn`; a test holds the two together.
 
     python jedi_atari_stochastic.py --env-id Pong --preset tiny     # minutes on a laptop CPU
     python jedi_atari_stochastic.py --env-id Pong                   # the papers' numbers
     python jedi_atari_stochastic.py --env-id Pong --sticky-prob 0   # the random frame skip alone
-    python jedi_atari_stochastic.py --eval-only RUN --sticky-prob 0 --frame-skip-min 4 --frame-skip-max 4
+    python jedi_atari_stochastic.py --eval-only RUN --sticky-prob 0   # a run on other terms
 
-As jedi_atari.py but for arguments, environment and `s_churn`; a test holds the two together.
 Read downward: 1 arguments, 2 environment, 3 replay, 4 networks, 5 diffusion, 6 world model losses,
 7 imagination and actor-critic, 8 playing and measuring, 9 the run folder, 10 the loop.
 
@@ -29,12 +29,11 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -84,7 +83,6 @@ def num(default: float, low: float, high: float):
 class Args:
     """JEDI: learn an Atari game from 100k steps inside a latent diffusion world model."""
 
-    # --- run
     env_id: str = "Pong"  # Pong, ALE/Pong-v5, PongNoFrameskip-v4, or any registered RGB environment
     preset: Literal["paper", "tiny", "small"] = "paper"  # set of defaults; tiny: minutes on a CPU
     seed: int = num(0, 0, 2**31 - 1)  # of networks, draws and game; same seed, same run on a CPU
@@ -151,7 +149,6 @@ class Args:
     temperature: float = num(1.0, TINY, 1_000)  # of the sampled policy in evaluation [D]
 
 
-# fmt: off
 PRESETS: dict[str, dict] = {
     "paper": {},
     "tiny": dict(
@@ -163,45 +160,35 @@ PRESETS: dict[str, dict] = {
         latent_norm="center", reward_noise=0.2, learning_rate=1e-3, encoder_lr_scale=0.03,
         warmup_updates=20, reward_window=5, horizon=8,
     ),
-}
+}  # fmt: skip
 PRESETS["small"] = PRESETS["tiny"] | dict(
     max_episode_steps=4_500, total_steps=10_800, first_steps_min=10_000, first_steps_max=10_000,
     first_diffusion_updates=1_000, first_reward_updates=600, first_policy_updates=40,
     epoch_steps=200, diffusion_updates=60, reward_updates=60, policy_updates=30,
     eval_every=2, eval_episodes=8, final_episodes=100,
     encoder_width=16, learning_rate=5e-4, encoder_lr_scale=0.06, entropy_weight=0.03, horizon=10,
-)
-# fmt: on
+)  # fmt: skip
 
 
 def check_args(args: Args) -> None:
     """Raise `BadInput` for a value that no run can use."""
     for field in dataclasses.fields(args):
-        value, (low, high) = getattr(args, field.name), field.metadata.get("range", (0, 0))
+        flag, value = f"--{field.name.replace('_', '-')}", getattr(args, field.name)
+        low, high = field.metadata.get("range", (0, 0))
         if field.metadata and not low <= value <= high:  # nan is refused, too
-            raise BadInput(f"{flag(field.name)} is {value}; it must be from {low} to {high}")
-    for name in ("encoder_width", "denoiser_width", "reward_width"):
-        if (width := getattr(args, name)) % (32 if width >= 64 else min(8, width)):
-            raise BadInput(f"{flag(name)} is {width}; choose a multiple of 8, from 64 on of 32")
+            raise BadInput(f"{flag} is {value}; it must be from {low} to {high}")
+        if field.name.endswith("_width") and value % (32 if value >= 64 else min(8, value)):
+            raise BadInput(f"{flag} is {value}; it must be a multiple of 8, from 64 on of 32")
     if args.cond_dim % (2 * args.context_frames):
         raise BadInput("--cond-dim must be a multiple of 2 * --context-frames")
     if not args.first_steps_min <= args.first_steps_max <= args.total_steps:
-        raise BadInput(
-            "--first-steps-min, --first-steps-max, --total-steps must be in rising order"
-        )
-    if args.frame_skip_min > args.frame_skip_max:
-        raise BadInput("--frame-skip-min must not be above --frame-skip-max")
+        raise BadInput("--first-steps-min, --first-steps-max and --total-steps must not fall")
     if args.resume and not args.run_dir:
         raise BadInput("--resume needs --run-dir, the folder of the run to carry on or begin")
     if args.resume + bool(args.eval_only) + args.dry_run > 1:
         raise BadInput("--resume, --eval-only and --dry-run do not go together; choose one")
     if args.track and not importlib.util.find_spec("wandb"):
         raise BadInput("--track needs Weights & Biases: pip install wandb")
-
-
-def flag(name: str) -> str:
-    """The command-line flag of a field of `Args`: `batch_size` -> `--batch-size`."""
-    return "--" + name.replace("_", "-")
 
 
 # ---- 2. Environment: Atari as DIAMOND plays it, one plain environment ----------------------------
@@ -221,37 +208,26 @@ REFERENCE_SCORES: dict[str, tuple[float, float]] = {
 
 
 def resolve_env_id(env_id: str) -> tuple[str, str]:
-    """The gymnasium id behind a user's spelling, and the game's short name: `Pong`, `ALE/Pong-v5`,
-    `PongNoFrameskip-v4` are all `("ALE/Pong-v5", "Pong")`; any other registered id (also
-    `module:Name-v0`) stands for itself. Raises `BadInput` that names the closest known game."""
+    """`Pong`, `ALE/Pong-v5`, `PongNoFrameskip-v4`, `module:Name-v0` -> gymnasium id, short name."""
     gym.register_envs(ale_py)
     name = re.sub(r"(NoFrameskip-v\d|-v\d)$", "", env_id.removeprefix("ALE/"))
     if f"ALE/{name}-v5" in gym.registry:
         return f"ALE/{name}-v5", name
-    module, _, registered = env_id.rpartition(":")
-    try:
-        if module:
-            importlib.import_module(module)  # it registers the environment
-        return gym.spec(registered).id, re.sub(r"\W+", "_", env_id)
-    except Exception as error:  # whatever goes wrong in somebody's module
-        reason, games = str(error).splitlines()[0], ", ".join(REFERENCE_SCORES)
-        raise BadInput(f"unknown game {env_id!r} ({reason}); known are {games}") from None
+    return env_id, re.sub(r"\W+", "_", env_id)
 
 
 class Game(gym.Wrapper):
     """One game that shows 64 x 64 RGB frames (uint8), like gymnasium's `AtariPreprocessing` but for
-    two things: at a game's end it returns the last frame really shown, where that wrapper returns
-    an older one; and a lost life ends neither step nor game, but an episode of the replay. There
-    `info["end"]` is a termination; at `info["stop"]`, also a time limit, an episode stops [D]."""
+    two things: at a game's end it returns the last frame really shown, not an older one; and a lost
+    life ends neither step nor game, but an episode of the replay. There `info["end"]` is a
+    termination; at `info["stop"]`, also a time limit, an episode stops [D]."""
 
-    def __init__(
-        self, env: gym.Env, frame_skip: tuple, noop_max: int, max_episode_steps: int, sticky: float
-    ):
+    def __init__(self, env: gym.Env, args: Args, atari: bool):
         super().__init__(env)
-        self.sticky_prob, self.last_action = sticky, 0
-        self.frame_skip, self.noop_max, self.max_steps = frame_skip, noop_max, max_episode_steps
+        self.frame_skip = sorted((args.frame_skip_min, args.frame_skip_max)) if atari else (1, 1)
+        self.noop_max, self.sticky_prob = NOOP_MAX if atari else 0, args.sticky_prob
+        self.max_steps, self.lives, self.steps = args.max_episode_steps, 0, 0
         self.observation_space = gym.spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        self.lives = self.steps = 0
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         """Start with 1 to `noop_max` no-ops. Seed the first reset only: later games then differ."""
@@ -269,10 +245,9 @@ class Game(gym.Wrapper):
         if self.sticky_prob > 0 and self.np_random.random() < self.sticky_prob:
             action = self.last_action
         self.last_action, (low, high) = int(action), self.frame_skip
-        frames = low if low == high else int(self.np_random.integers(low, high + 1))
         shown: list[np.ndarray] = []
         reward, terminated, truncated, info = 0.0, False, False, {}
-        for _ in range(frames):
+        for _ in range(low if low == high else int(self.np_random.integers(low, high + 1))):
             frame, frame_reward, terminated, truncated, info = self.env.step(action)
             shown.append(frame)
             reward += float(frame_reward)
@@ -299,22 +274,22 @@ def make_env(args: Args) -> Game:
     """The environment of `args.env_id`; swap this function to play something else. Raises
     `BadInput` for an unknown game, other observations than RGB frames, actions without end."""
     gym_id, _ = resolve_env_id(args.env_id)
-    if gym_id.startswith("ALE/"):
-        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner on the screen
-        plain = dict(frameskip=1, repeat_action_probability=0.0, full_action_space=False)
-        env = gym.make(gym_id, disable_env_checker=True, **plain)
-        frame_skip = (args.frame_skip_min, args.frame_skip_max)
-        return Game(env, frame_skip, NOOP_MAX, args.max_episode_steps, args.sticky_prob)
-    env = gym.make(gym_id, disable_env_checker=True)
+    atari = gym_id.startswith("ALE/")
+    plain = dict(frameskip=1, repeat_action_probability=0.0, full_action_space=False)
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no banner on the screen
+    try:
+        env = gym.make(gym_id, disable_env_checker=True, **(plain if atari else {}))
+    except Exception as error:  # whatever goes wrong in somebody's module
+        raise BadInput(f"--env-id {args.env_id!r}: {' '.join(str(error).split())}") from None
     space, actions = env.observation_space, env.action_space
     if space.dtype != np.uint8 or space.shape is None or space.shape[2:] != (3,):
         raise BadInput(f"{args.env_id} shows {space}; uint8 RGB frames are needed")
     if not (isinstance(actions, gym.spaces.Discrete) and actions.start == 0):
         raise BadInput(f"{args.env_id} takes {actions}; finite actions are needed, Discrete(n)")
-    return Game(env, (1, 1), 0, args.max_episode_steps, args.sticky_prob)
+    return Game(env, args, atari)
 
 
-# ---- 3. Replay: frames on the training device, an append-only file behind them -------------------
+# ---- 3. Replay: all play, on the training device -------------------------------------------------
 class Windows(NamedTuple):
     """A batch of windows cut from episodes. Rows of padding hold zeros and have `mask` False."""
 
@@ -327,18 +302,13 @@ class Windows(NamedTuple):
 
 class ReplayBuffer:
     """All play so far, flat in time, on the training device. An episode of n steps that has ended
-    holds n + 1 frames: its true last one too. The file behind it is only ever appended to."""
+    holds n + 1 frames: its true last one too."""
 
-    RECORD = np.dtype(
-        [("action", "<i2"), ("final", "u1"), ("end", "u1"), ("reward", "<f4")]
-        + [("frame", "u1", (IMAGE_SIZE, IMAGE_SIZE, 3))]
-    )
     QUARTER_WEIGHTS = (0.1, 0.1, 0.1, 0.7)  # oldest to newest quarter of the episodes [D]
 
     def __init__(self, capacity: int, device: torch.device):
-        self.device, self.file = device, None
-        self.size = self.num_episodes = 0  # the last episode may still be open
-        self.open = False
+        self.device, self.open = device, False  # open: the last episode goes on
+        self.size = self.num_episodes = 0
         shape = (capacity, IMAGE_SIZE, IMAGE_SIZE, 3)
         self.frames = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.actions = torch.zeros(capacity, dtype=torch.int64, device=device)
@@ -348,25 +318,15 @@ class ReplayBuffer:
         self.lengths = torch.zeros(capacity, dtype=torch.int64, device=device)  # in records
         self.weights = torch.tensor(self.QUARTER_WEIGHTS, device=device)
 
-    def attach(self, path: Path) -> None:
-        """From now on append to a file, after as many records as there are here."""
-        self.file = open(path, "ab")  # for the life of the buffer
-        self.file.truncate(self.size * self.RECORD.itemsize)
-
     def add(self, frame: np.ndarray, action: int, reward: float, end: bool, last=None) -> None:
-        """One step. `end`: it terminated. `last`: the frame after it, given when the episode stops
-        here (for any reason), since no later step will bring it."""
+        """One step; `end`: it terminated; `last`: the frame after it, if the episode stops here."""
         # DEVIATION 4: the last frame is a target of the denoiser too; DIAMOND's only of R_psi.
         rows = [(action, False, end, reward, frame)]
         for row in rows if last is None else [*rows, (0, True, False, 0.0, last)]:
-            if self.file:
-                self.file.write(np.array(row, self.RECORD).tobytes())
             if self.size == len(self.actions):  # rare: very many, very short episodes
                 for name in ("frames", "actions", "rewards", "ends", "starts", "lengths"):
                     old = getattr(self, name)
-                    setattr(
-                        self, name, torch.cat([old, torch.zeros_like(old[: len(old) // 4 + 1])])
-                    )
+                    setattr(self, name, torch.cat([old, torch.zeros_like(old)]))
             if not self.open:
                 self.starts[self.num_episodes] = self.size
                 self.num_episodes += 1
@@ -376,12 +336,6 @@ class ReplayBuffer:
             self.ends[self.size] = bool(end)
             self.lengths[self.num_episodes - 1] += 1
             self.size, self.open = self.size + 1, not final
-
-    def sync(self) -> int:
-        """Bring the file to disk, before a checkpoint counts on it; returns its records."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.size
 
     def _draw(self, batch_size: int, length: int, final: bool) -> tuple[Tensor, ...]:
         """Episodes (a quarter by its weight, then any of it), how many of their steps count
@@ -418,8 +372,7 @@ class ReplayBuffer:
 
     def sample_transitions(self, batch_size: int, length: int) -> Windows:
         """Windows of `length` transitions (`length` + 1 frames) that may overlap both ends of an
-        episode, for R_psi. `mask` marks the real transitions; the frame after the last is real too.
-        """
+        episode; `mask` (B, length) marks the real ones, each with its two frames."""
         # DEVIATION 5: a window that would begin before its episode begins with it, the padding at
         # its end. DIAMOND runs its LSTM over the padding, whose zeros change the state.
         episode, count, step, place = self._draw(batch_size, length, final=False)
@@ -489,8 +442,8 @@ class Encoder(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         halving = [m for _ in range(3) for m in (EncoderStage(width, width), nn.MaxPool2d(2))]
-        last = EncoderStage(width, LATENT_SHAPE[0])
-        self.layers = nn.Sequential(conv3x3(3, width), *halving, last)
+        stages = [conv3x3(3, width), *halving, EncoderStage(width, LATENT_SHAPE[0])]
+        self.layers = nn.Sequential(*stages)
 
     def forward(self, frames: Tensor) -> Tensor:
         """(N, 64, 64, 3) uint8 -> (N, 16, 8, 8) float32."""
@@ -508,8 +461,6 @@ class LatentNorm(nn.Module):
     running mean, value by value, scaled to sigma_data: in most games nearly all of a latent is a
     background that never changes. No gradient flows into the averages."""
 
-    RATE = 0.01  # of both running averages; the first 100 updates are a plain average
-
     def __init__(self, mode: str, sigma_data: float):
         super().__init__()
         self.mode, self.sigma_data = mode, sigma_data
@@ -523,7 +474,7 @@ class LatentNorm(nn.Module):
         if self.mode == "none":
             return
         self.updates += 1
-        rate = torch.clamp(1 / self.updates, min=self.RATE)
+        rate = torch.clamp(1 / self.updates, min=0.01)  # at first a plain average
         weight = mask[..., None, None, None] / mask.sum()
         self.mean += rate * ((z * weight).sum((0, 1)) - self.mean)
         variance = ((z - self.mean).square() * weight).sum((0, 1)).mean()  # around the new mean
@@ -568,8 +519,7 @@ class SelfAttention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around a skip, each after an adaptive group norm, whose scale and shift are
-    read off a conditioning vector; then attention if asked [D]."""
+    """Two convolutions after group norms that `cond` scales and shifts; skip; attention [D]."""
 
     def __init__(self, inputs: int, outputs: int, cond_dim: int, attention: bool = False):
         super().__init__()
@@ -605,8 +555,7 @@ class Denoiser(nn.Module):
         self.conv_out = zero_(conv3x3(width, channels))
 
     def forward(self, x: Tensor, c_noise: Tensor, context: Tensor, actions: Tensor) -> Tensor:
-        """x (B, 16, 8, 8) scaled by c_in, c_noise (B,), context (B, N, 16, 8, 8), actions (B, N)
-        -> (B, 16, 8, 8)."""
+        """x and output (B, 16, 8, 8), c_noise (B,), context (B, N, 16, 8, 8), actions (B, N)."""
         angle = 2 * math.pi * c_noise[:, None] * self.fourier
         noise_features = torch.cat([angle.cos(), angle.sin()], dim=1)
         cond = self.cond(noise_features + self.action_embedding(actions).flatten(1))
@@ -629,8 +578,7 @@ class RewardTerminationModel(nn.Module):
         self.action_embedding = nn.Embedding(num_actions, cond_dim)
         self.conv_in = conv3x3(2 * LATENT_SHAPE[0], width)
         # Eight blocks, then two with attention; all at 8 x 8, where DIAMOND halves the picture.
-        blocks = (ResBlock(width, width, cond_dim, attention=i >= 8) for i in range(10))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(ResBlock(width, width, cond_dim, i >= 8) for i in range(10))
         self.lstm = make_lstm(width * LATENT_SHAPE[1] * LATENT_SHAPE[2], size)
         self.head = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, 5))
         # DEVIATION 7: a bias that says "rewards and ends are rare"; DIAMOND's head has none.
@@ -703,9 +651,8 @@ class Agent(nn.Module):
 
 # ---- 5. Diffusion: preconditioning, noise and sampling in latent space, all in float32 -----------
 def precondition(sigma: Tensor, sigma_data: float, sigma_offset: float) -> tuple[Tensor, ...]:
-    """c_in, c_out, c_skip (B, 1, 1, 1), c_noise (B,) for noise levels sigma (B,), of D_theta(z) =
-    c_skip z + c_out F_theta(c_in z, c_noise): EDM table 1, with DIAMOND's offset noise counted in
-    [E, D]. They give the network's input and target unit variance if the data have sigma_data."""
+    """c_in, c_out, c_skip (B, 1, 1, 1), c_noise (B,) for noise levels sigma (B,), offset noise
+    counted in [E, table 1; D]: D_theta(z) = c_skip z + c_out F_theta(c_in z, c_noise)."""
     sigma = torch.sqrt(sigma**2 + sigma_offset**2)
     c_in = 1 / torch.sqrt(sigma**2 + sigma_data**2)
     c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
@@ -727,10 +674,8 @@ def add_noise(z: Tensor, sigma: Tensor, sigma_offset: float) -> Tensor:
 
 def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
     """`steps` falling noise levels from sigma_max to sigma_min, then 0 [E, equation 5]."""
-    if steps == 1:
-        return [sigma_max, 0.0]
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return [(high + i / (steps - 1) * (low - high)) ** rho for i in range(steps)] + [0.0]
+    low, high, intervals = sigma_min ** (1 / rho), sigma_max ** (1 / rho), max(steps - 1, 1)
+    return [(high + i / intervals * (low - high)) ** rho for i in range(steps)] + [0.0]
 
 
 def denoise(agent: Agent, z: Tensor, sigma: Tensor, past: Tensor, actions: Tensor, args: Args):
@@ -744,9 +689,8 @@ def denoise(agent: Agent, z: Tensor, sigma: Tensor, past: Tensor, actions: Tenso
 
 @torch.no_grad()
 def sample_next_latent(agent: Agent, context: Tensor, actions: Tensor, args: Args) -> Tensor:
-    """One imagined latent: context (B, N, 16, 8, 8) and actions (B, N) -> (B, 16, 8, 8), by the
-    Euler steps of EDM's algorithm 2, without gradients. From unit noise, as in DIAMOND's code,
-    samples vary less than the truth (docs/stochasticity.md)."""
+    """context (B, N, 16, 8, 8), actions (B, N) -> an imagined latent (B, 16, 8, 8), by Euler steps
+    [E, algorithm 2]. From unit noise [D] samples vary less than the truth: docs/stochasticity.md"""
     sigmas = karras_sigmas(args.sample_steps, SIGMA_MIN, args.sample_sigma_max, RHO)
     gamma = min(args.s_churn / args.sample_steps, math.sqrt(2) - 1)
     scale = args.sample_sigma_max if args.sample_start == "sigma_max" else 1.0
@@ -834,8 +778,7 @@ class Imagined(NamedTuple):
 
 
 def open_loop(agent: Agent, z: Tensor, actions: Tensor, steps: int, args: Args) -> Tensor:
-    """Latents z (B, T, 16, 8, 8) with the last `steps` replaced by imagined ones, from the latents
-    before them and the actions (B, T) that were taken."""
+    """z (B, T, 16, 8, 8) with its last `steps` latents imagined under the actions (B, T) taken."""
     n, first = args.context_frames, z.shape[1] - steps
     latents = list(z[:, :first].unbind(1))
     for t in range(first, z.shape[1]):
@@ -846,10 +789,9 @@ def open_loop(agent: Agent, z: Tensor, actions: Tensor, steps: int, args: Args) 
 
 @torch.no_grad()
 def imagine(agent: Agent, start: Windows, args: Args) -> Imagined:
-    """Let the policy act for `args.horizon` steps in the world model, from windows of
-    context_frames real frames, without gradients. Rewards and ends feed nothing back into the
-    latents, so R_psi runs once, at the end, over the whole sequence. DEVIATION 3: a trajectory that
-    ends is masked from there on, so that all shapes are static; DIAMOND starts it afresh."""
+    """Let the policy act for `args.horizon` steps in the world model, from windows of real frames.
+    Rewards and ends feed nothing back into the latents, so R_psi runs once, at the end. DEVIATION
+    3: a trajectory that ends is masked from there on; DIAMOND starts it afresh."""
     n = args.context_frames
     assert start.frames.shape[1] == n
     context = agent.encode(start.frames, start.mask)
@@ -880,10 +822,8 @@ def sample_categorical(logits: Tensor) -> Tensor:
 
 
 def lambda_returns(rewards: Tensor, ends: Tensor, values: Tensor, gamma: float, lambda_: float):
-    """lambda-returns of trajectories: rewards, ends (B, H), values (B, H + 1) -> (B, H).
-
-    G_t = r_t + gamma (1 - d_t) ((1 - lambda) V_{t+1} + lambda G_{t+1}), G_H = V_H [D, equation 14].
-    """
+    """rewards, ends (B, H), values (B, H + 1) -> returns (B, H) [D, equation 14]: G_H = V_H,
+    G_t = r_t + gamma (1 - d_t) ((1 - lambda) V_{t+1} + lambda G_{t+1})."""
     assert rewards.shape == ends.shape and values.shape[1] == rewards.shape[1] + 1
     returns, last = [], values[:, -1]
     for t in reversed(range(rewards.shape[1])):
@@ -894,9 +834,8 @@ def lambda_returns(rewards: Tensor, ends: Tensor, values: Tensor, gamma: float, 
 
 
 def actor_critic_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, dict]:
-    """REINFORCE with the value as baseline, squared value error and an entropy bonus, on imagined
-    play [D]. The rollout has no gradients; the policy is computed again over the stored latents in
-    one LSTM call. The latents are detached by that: nothing of this loss reaches the encoder."""
+    """REINFORCE with the value as baseline, squared value error and entropy bonus [D], on latents
+    imagined without gradients: nothing of this loss reaches the encoder."""
     dream = imagine(agent, batch, args)
     logits, values, _ = agent.policy(dream.z, dream.policy_state)
     # The returns are targets and the advantage is a weight: neither passes a gradient on.
@@ -919,7 +858,7 @@ def actor_critic_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor,
 class Progress(tqdm):
     """A bar on a terminal; elsewhere a plain line every 30 s."""
 
-    def __init__(self, iterable: Iterable | None = None, **options):
+    def __init__(self, iterable=None, **options):
         self.terminal = sys.stdout.isatty()
         options["mininterval"] = options["delay"] = 0.2 if self.terminal else 30
         super().__init__(iterable, file=sys.stdout, miniters=0, leave=False, **options)
@@ -944,7 +883,7 @@ class Collector:
     """The training environment and what its play carries from one epoch to the next."""
 
     def __init__(self, args: Args):
-        self.env, self.args = make_env(args), args
+        self.env, self.args, self.actions = make_env(args), args, []
         self.frame, _ = self.env.reset(seed=args.seed)
         self.lstm: tuple | None = None  # state of the policy's LSTM
         self.episode_return, self.steps = 0.0, 0
@@ -960,6 +899,7 @@ class Collector:
     def play(self, action: int, replay: ReplayBuffer) -> list[float]:
         """The same with a given action."""
         frame, reward, terminated, truncated, info = self.env.step(action)
+        self.actions.append(action)
         self.steps, self.episode_return = self.steps + 1, self.episode_return + reward
         self.reward_counts[int(np.sign(reward)) + 1] += 1
         replay.add(self.frame, action, reward, info["end"], frame if info["stop"] else None)
@@ -970,31 +910,29 @@ class Collector:
         self.frame, _ = self.env.reset()
         return [finished]
 
-    def play_again(self, path: Path, size: int, replay: ReplayBuffer) -> None:
-        """Bring game and replay to where they stood after `size` records, by the actions in a
-        replay's file. Raises `BadInput` if some are missing or the game shows other frames."""
-        if not path.exists() or path.stat().st_size < size * replay.RECORD.itemsize:
-            raise BadInput(f"{path} was cut short: the checkpoint needs {size} records")
-        records = np.memmap(path, replay.RECORD, "r", shape=size)
-        for record in Progress(records[records["final"] == 0], desc="play again", unit="step"):
-            if not np.array_equal(self.frame, record["frame"]):
-                raise BadInput(f"{path} was altered at step {self.steps}, or ale-py is another")
-            self.play(int(record["action"]), replay)
+    def state_dict(self) -> dict:
+        """Play is a game's seed and its actions: what else there is follows from them."""
+        actions, frame = torch.tensor(self.actions, dtype=torch.int32), torch.from_numpy(self.frame)
+        return dict(steps=self.steps, actions=actions, frame=frame, lstm=self.lstm)
+
+    def load_state_dict(self, saved: dict, replay: ReplayBuffer) -> None:
+        """Play it all again, thousands of steps a second; `BadInput` if that ends otherwise."""
+        for action in Progress(saved["actions"].tolist(), desc="play again", unit="step"):
+            self.play(action, replay)
+        if not np.array_equal(self.frame, saved["frame"].numpy()):
+            raise BadInput(f"{self.args.env_id} goes another way than it did; is ale-py the same?")
+        self.lstm = saved["lstm"] and tuple(s.to(replay.device) for s in saved["lstm"])
 
     def first_goal(self) -> int:
         """Steps of the first play: more if few had another reward than the commonest [D]."""
-        rare = sum(self.reward_counts) - max(self.reward_counts)
-        args = self.args
-        return args.first_steps_min if rare >= FIRST_REWARDS else args.first_steps_max
+        enough = sum(self.reward_counts) - max(self.reward_counts) >= FIRST_REWARDS
+        return self.args.first_steps_min if enough else self.args.first_steps_max
 
 
 def evaluate(agent: Agent, args: Args, episodes: int, number: int = 0, title: str = "") -> dict:
-    """Play full games: rewards not clipped, lives ignored, actions sampled, no exploration [D].
-    Returns `returns`, `lengths`, their means, and what `measure_world_model` says of this play.
-
-    Each environment plays a fixed number of games, so that short games are not over-represented.
-    The first one's play is kept, up to HELDOUT_STEPS, cut at lost lives as in training. `number`:
-    of this evaluation in its run; its seeds differ from all others and from training's."""
+    """Play full games: rewards not clipped, lives ignored, actions sampled, no exploration [D];
+    each environment a fixed number, so that short games are not over-represented. The world model
+    is measured on the first one's play. `number`: of this evaluation in its run, for its seeds."""
     seed = 10**9 + (args.seed * 100_003 + number * 1_009 + episodes) % 10**9
     envs = [make_env(args) for _ in range(min(EVAL_ENVS, episodes))]
     todo = [len(range(i, episodes, len(envs))) for i in range(len(envs))]
@@ -1022,18 +960,17 @@ def evaluate(agent: Agent, args: Args, episodes: int, number: int = 0, title: st
             frames[i] = frame
         bar.update(0)  # a game can take minutes
     bar.close()
-    mean, (low, high) = float(np.mean(returns)), REFERENCE_SCORES.get(game, (math.nan, math.nan))
-    score = None if math.isnan(low) else (mean - low) / (high - low)
-    found = dict(returns=returns, mean_return=mean, std_return=float(np.std(returns)))
-    found |= dict(lengths=lengths, human_normalized_score=score)
+    low, high = REFERENCE_SCORES.get(game, (0.0, math.inf))
+    found = dict(returns=returns, lengths=lengths, mean_return=float(np.mean(returns)))
+    score = None if high == math.inf else (found["mean_return"] - low) / (high - low)
+    found |= dict(std_return=float(np.std(returns)), human_normalized_score=score)
     return found | dict(measures=measure_world_model(agent, heldout, args))
 
 
 @torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict:
-    """How good the world model is on play that it was not trained on; docs/metrics.md explains each
-    measure. What has no data is None."""
+    """How good the world model is on unseen play (docs/metrics.md); None for what has no data."""
     raw = agent.latents(heldout.frames[: heldout.size : max(1, heldout.size // 512)])
     z = agent.norm(raw).flatten(1)
     found = dict(latent_std=raw.std().item(), latent_change_std=(z - z.mean(0)).std().item())
@@ -1057,14 +994,9 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
     ):
         found[key] = (hits & of).sum().item() / of.sum().item() if of.any() else None
     found["rewarded_steps"] = (sign != 0).sum().item()
-    return found | skill_in_imagination(agent, heldout, args)
-
-
-def skill_in_imagination(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict:
-    """On 64 windows each, open_loop_ratio[k - 1]: prediction error k imagined steps ahead with the
-    recorded actions / error of predicting no change; reward_prob_<k>: probability that R_psi gives
-    to a true reward when it sees latents imagined k steps ahead (0: true ones)."""
-    n, longest, found = args.context_frames, int(heldout.lengths.max()), {"open_loop_ratio": None}
+    # On latents imagined with the recorded actions: error k steps ahead / error of predicting no
+    # change, and the probability that R_psi gives to a true reward k steps into a dream.
+    n, longest, found["open_loop_ratio"] = args.context_frames, int(heldout.lengths.max()), None
     steps = min(MAX_OPEN_LOOP, longest - n)
     if steps > 0:
         windows = heldout.all_windows(n + steps, stride=1, count=64)
@@ -1106,8 +1038,7 @@ def load_args(run_dir: Path) -> Args:
 
 @contextlib.contextmanager
 def open_run_dir(args: Args) -> Iterator[Path]:
-    """The run folder, new or to be resumed, locked against a second process. Raises `BadInput`
-    rather than touch another run's files."""
+    """The run folder, locked. Raises `BadInput` rather than touch another run's files."""
     name = f"{resolve_env_id(args.env_id)[1]}__{Path(__file__).stem}__{args.seed}"
     run_dir = Path(args.run_dir or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
     try:
@@ -1115,11 +1046,10 @@ def open_run_dir(args: Args) -> Iterator[Path]:
             raise BadInput(f"{run_dir} is finished; --eval-only plays more games with it")
         if (run_dir / "checkpoint.pt").exists() and not args.resume:
             raise BadInput(f"{run_dir} already holds a run; --resume carries it on")
-        if (run_dir / "args.json").exists() and args.resume:
-            old, new = vars(load_args(run_dir)), vars(args)
-            for key in set(old) - {"run_dir", "resume", "device", "compile", "precision", "track"}:
-                if old[key] != new[key]:
-                    raise BadInput(f"{run_dir} was begun with {flag(key)} {old[key]}: keep it")
+        old = vars(load_args(run_dir) if (run_dir / "args.json").exists() and args.resume else args)
+        for key in set(old) - {"run_dir", "resume", "device", "compile", "precision", "track"}:
+            if old[key] != getattr(args, key):
+                raise BadInput(f"{run_dir} was begun with {key} {old[key]}; leave it as it is")
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "wb")
     except OSError as error:
@@ -1137,18 +1067,16 @@ def open_run_dir(args: Args) -> Iterator[Path]:
 
 
 def save_checkpoint(run_dir: Path, content: dict) -> None:
-    """Write checkpoint.pt, plain data; the one before it stays as checkpoint.prev.pt. Raises
-    `OSError`, and leaves checkpoint.pt, if there is no room."""
+    """Write checkpoint.pt, plain data; the one before it stays as checkpoint.prev.pt."""
     path, archive = run_dir / "checkpoint.pt", io.BytesIO()
     torch.save(content, archive)
     if path.exists():
-        shutil.copyfile(path, run_dir / "checkpoint.prev.pt")
+        write_atomically(run_dir / "checkpoint.prev.pt", path.read_bytes())
     write_atomically(path, archive.getbuffer())
 
 
 def load_checkpoint(run_dir: Path) -> dict:
-    """Read checkpoint.pt onto the host, as data only, never as code. Raises `BadInput` if it is
-    missing, cut or altered, and names the one before it."""
+    """Read checkpoint.pt onto the host, as data, never as code. `BadInput` names the one before."""
     path, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"
     try:
         if zipfile.ZipFile(path).testzip():  # PyTorch does not look at the checksums inside
@@ -1165,7 +1093,7 @@ def load_checkpoint(run_dir: Path) -> dict:
 class Log:
     """Scalars under the same keys to metrics.jsonl and TensorBoard, over environment steps."""
 
-    def __init__(self, run_dir: Path, args: Args, saved: dict | None):
+    def __init__(self, run_dir: Path, args: Args, before: str):
         if args.track:
             import wandb
 
@@ -1173,39 +1101,33 @@ class Log:
             wandb.init(**options, sync_tensorboard=True, resume="auto")
         from torch.utils.tensorboard import SummaryWriter  # takes a second: not for --help
 
-        self.file = open(run_dir / "metrics.jsonl", "ab")  # for the life of the run
-        self.file.truncate(saved["metrics_bytes"] if saved else 0)
-        purge = saved["collector"]["steps"] + 1 if saved else None
-        self.writer = SummaryWriter(str(run_dir), purge_step=purge, flush_secs=10**6)
+        for path in run_dir.glob("events.*"):  # written anew, as far as the checkpoint goes
+            path.unlink()
+        self.file, self.writer = open(run_dir / "metrics.jsonl", "w"), SummaryWriter(str(run_dir))
+        for line in before.splitlines():
+            self.write(json.loads(line))
 
-    def write(self, epoch: int, steps: int, metrics: dict) -> None:
-        """Write what is not None; a list as one key per entry, counted from 1."""
-        row = {"epoch": epoch, "charts/env_steps": steps}
+    def write(self, metrics: dict) -> None:
+        """Write a row of what is not None; a list as one key per entry, counted from 1."""
+        row: dict[str, float] = {}
         for key, value in metrics.items():
-            several = isinstance(value, list)
-            row |= {f"{key}_{k}": v for k, v in enumerate(value, 1)} if several else {key: value}
+            several = enumerate(value, 1) if isinstance(value, list) else ()
+            row |= {f"{key}_{k}": v for k, v in several} or {key: value}
         row = {key: float(value) for key, value in row.items() if value is not None}
         for key, value in row.items():
-            self.writer.add_scalar(key, value, steps)
-        self.file.write((json.dumps(row) + "\n").encode())
-
-    def sync(self) -> int:
-        """Bring all to disk; returns the length of metrics.jsonl, which a checkpoint stores."""
+            self.writer.add_scalar(key, value, int(row["charts/env_steps"]))
         self.writer.flush()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.file.tell()
+        print(json.dumps(row), file=self.file, flush=True)
 
 
 # ---- 10. The loop --------------------------------------------------------------------------------
 @functools.cache
 def make_schedule(args: Args, first_steps: int) -> list[tuple[int, list[str], bool]]:
     """What each epoch does: steps of the run after its play (0: as many as the first play takes),
-    the parts that it updates, in order, and whether it is evaluated. Pre-training comes first, cut
-    into epochs as long as the others: a policy in an untrained dream collapses [D], and so half of
-    the diffusion updates come before any reward update: an untrained encoder shows no rewards."""
+    the parts that it updates, in order, and whether it is evaluated. Pre-training comes first [D]:
+    a policy in an untrained dream collapses, and an untrained encoder shows no rewards."""
 
-    def alternate(diffusion: int, reward: int) -> list[str]:
+    def mix(diffusion: int, reward: int) -> list[str]:
         # DEVIATION 2: DIAMOND updates one part, then the other. Here the reward updates move the
         # encoder: a policy right after them would play in a dream that does not know it.
         places = [((i + 1) / reward, 0, "reward") for i in range(reward)]
@@ -1213,39 +1135,36 @@ def make_schedule(args: Args, first_steps: int) -> list[tuple[int, list[str], bo
         return [part for *_, part in sorted(places)]
 
     half = args.first_diffusion_updates // 2
-    first = alternate(args.first_diffusion_updates - half, args.first_reward_updates)
-    first = ["diffusion"] * half + first + ["policy"] * args.first_policy_updates
-    later = alternate(args.diffusion_updates, args.reward_updates)
-    later += ["policy"] * args.policy_updates
-    size = len(later) or len(first) or 1
-    pieces = [first[i : i + size] for i in range(0, len(first), size)]
-    epochs = [(0, [], True), *((first_steps, piece, piece is pieces[-1]) for piece in pieces)]
+    first = ["diffusion"] * half
+    first += mix(args.first_diffusion_updates - half, args.first_reward_updates)
+    first += ["policy"] * args.first_policy_updates
+    later = mix(args.diffusion_updates, args.reward_updates) + ["policy"] * args.policy_updates
+    size, epochs = len(later) or len(first) or 1, [(0, [], True)]
+    for i in range(0, len(first), size):
+        epochs.append((first_steps, first[i : i + size], i + size >= len(first)))
     count = -(-(args.total_steps - first_steps) // args.epoch_steps) + args.final_epochs
     for i in range(1, count + 1):
-        goal = min(first_steps + i * args.epoch_steps, args.total_steps)
-        epochs.append((goal, later, i % args.eval_every == 0 and i < count))
+        steps = min(first_steps + i * args.epoch_steps, args.total_steps)
+        epochs.append((steps, later, i % args.eval_every == 0 and i < count))
     return epochs
 
 
 def make_optimizer(agent: Agent, part: str, args: Args) -> torch.optim.AdamW:
     """AdamW; decay on the world model's weights, not on biases, norms, embeddings [D]. The encoder
     learns with diffusion and reward, at a rate of its own [P]."""
-    rates = {"denoiser" if part == "diffusion" else part: args.learning_rate}
-    if part != "policy":
-        rates["encoder"] = args.learning_rate * args.encoder_lr_scale
+    rates = {} if part == "policy" else {"encoder": args.learning_rate * args.encoder_lr_scale}
+    rates["denoiser" if part == "diffusion" else part] = args.learning_rate
     groups = collections.defaultdict(list)
     for name, parameter in agent.named_parameters():
         decayed = part != "policy" and parameter.ndim > 1 and "embedding" not in name
         if (network := name.split(".")[0]) in rates:
             groups[rates[network], WEIGHT_DECAY * decayed].append(parameter)
-    items = groups.items()
-    options = [dict(params=ps, peak=peak, weight_decay=decay) for (peak, decay), ps in items]
+    options = [dict(params=p, peak=key[0], weight_decay=key[1]) for key, p in groups.items()]
     return torch.optim.AdamW(options, fused=True)
 
 
 def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, number: int, args: Args, bf16):
-    """One optimiser step, the `number`-th (from 0) of its part: "diffusion", "reward" or "policy".
-    Returns metrics, a dict of scalars on the device: no synchronisation."""
+    """The `number`-th (from 0) optimiser step of a part. Returns metrics, scalars on the device."""
     n, size = args.context_frames, args.batch_size
     if part == "diffusion":
         loss_of, batch = diffusion_loss, replay.sample_frames(size, n + args.target_frames, True)
@@ -1266,54 +1185,56 @@ def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, number: int
     return {**metrics, "grad_norm": norm.detach()}
 
 
-def choose_device(args: Args) -> tuple[torch.device, bool]:
-    """The device, and whether to compute in bf16 there. Raises `BadInput`."""
+def set_up(args: Args) -> tuple[Collector, Agent, bool]:
+    """Check the arguments and build what a run needs. Raises `BadInput`; writes nothing."""
+    check_args(args)
     torch.set_num_threads(args.threads or torch.get_num_threads())
     torch.set_float32_matmul_precision("high")  # TF32 where fp32 products remain on a GPU
     count, name = torch.cuda.device_count(), args.device
     name = ("cuda" if count else "cpu") if name == "auto" else name
     if name not in ("cpu", *["cuda"] * min(count, 1), *(f"cuda:{i}" for i in range(count))):
-        raise BadInput(
-            f"--device {name}: use auto, cpu, cuda or cuda:N; CUDA devices here: {count}"
-        )
+        raise BadInput(f"--device {name}: use auto, cpu, cuda or cuda:N; CUDA devices: {count}")
     # DEVIATION 6: bf16 where it is fast; DIAMOND computes in float32. Diffusion maths stays so.
     if name == "cpu":
         supported, fast = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
     else:
+        torch.cuda.set_device(name)
         supported = fast = torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision == "bf16" and not supported:
         raise BadInput(f"--precision bf16: this {name} has no bf16 units; use fp32 or auto")
-    return torch.device(name), fast if args.precision == "auto" else args.precision == "bf16"
+    torch.manual_seed(args.seed)
+    collector = Collector(args)
+    agent = Agent(int(collector.env.action_space.n), args).to(name)
+    return collector, agent, fast if args.precision == "auto" else args.precision == "bf16"
 
 
-def print_plan(args: Args, agent: Agent, device: torch.device, bf16: bool) -> None:
+def print_plan(args: Args, agent: Agent, bf16: bool) -> None:
     """Say what a run will do."""
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in agent.named_children()}
-    epochs = make_schedule(args, args.first_steps_min)
+    epochs, device = make_schedule(args, args.first_steps_min), agent.norm.mean.device
     updates = collections.Counter(part for _, parts, _ in epochs for part in parts)
     games = sum(evaluated for *_, evaluated in epochs) * args.eval_episodes + args.final_episodes
     print(f"game        {args.env_id}, seed {args.seed}, preset {args.preset}")
     print(f"device      {device}, {'bf16' if bf16 else 'fp32'}, compile {args.compile}")
-    print(f"parameters  {', '.join(f'{name} {sizes[name]:,}' for name in sizes)}")
-    print(f"            total {sum(sizes.values()):,}")
-    print(f"epochs      {len(epochs):,}, for {args.total_steps:,} environment steps")
+    print(
+        f"parameters  {', '.join(f'{n} {sizes[n]:,}' for n in sizes)}, all {sum(sizes.values()):,}"
+    )
+    print(f"epochs      {len(epochs):,}, of {args.total_steps:,} environment steps")
     print(f"updates     {', '.join(f'{part} {updates[part]:,}' for part in PARTS)}")
-    print(f"evaluation  {games:,} games")
-    print(f"replay      {args.total_steps * ReplayBuffer.RECORD.itemsize:,} bytes", flush=True)
+    print(f"games       {games:,} in evaluations")
+    print(f"replay      {args.total_steps * IMAGE_SIZE**2 * 3:,} bytes of memory", flush=True)
 
 
 def train(args: Args) -> dict:
-    """Train and evaluate one agent; returns what it writes as result.json. The checkpoint at the
-    end of an epoch is a run's only state: whatever happens, start again with `resume`, and on a CPU
-    in fp32 it ends with the same bits. Raises `BadInput` before anything is written,
-    `FloatingPointError` if a loss is not finite, `OSError` if a file cannot be written."""
+    """Train and evaluate one agent; returns what it writes as result.json. A run's only state is
+    the checkpoint at the end of an epoch: whatever happens, start again with `resume`, and on a CPU
+    in fp32 it ends with the same bits. Raises `BadInput`, `FloatingPointError`, `OSError`."""
     begun = saved_at = time.monotonic()
-    check_args(args)
-    device, bf16 = choose_device(args)
-    torch.manual_seed(args.seed)
-    collector = Collector(args)
-    agent = Agent(int(collector.env.action_space.n), args).to(device)
-    optimizers = {part: make_optimizer(agent, part, args) for part in PARTS}
+    collector, agent, bf16 = set_up(args)
+    device, optimizers = (
+        agent.norm.mean.device,
+        {part: make_optimizer(agent, part, args) for part in PARTS},
+    )
     replay = ReplayBuffer(int(1.1 * args.total_steps) + 1_000, device)
     if args.compile:
         # The networks, not the losses: a rollout calls one 45 times and would compile for minutes.
@@ -1323,37 +1244,32 @@ def train(args: Args) -> dict:
     with open_run_dir(args) as run_dir:
         saved = load_checkpoint(run_dir) if (run_dir / "checkpoint.pt").exists() else None
         print(f"run folder  {run_dir}")
-        print_plan(args, agent, device, bf16)
+        print_plan(args, agent, bf16)
         state = dict(epoch=-1, first_steps=0, updates=dict.fromkeys(PARTS, 0), untrained="")
         state["wall_seconds"] = 0.0
         if saved:
             state = {key: saved[key] for key in state}
-            collector.play_again(run_dir / "replay.bin", saved["replay_size"], replay)
-            lstm, rng = saved["collector"]["lstm"], saved["rng"]
-            collector.lstm = lstm and tuple(s.to(device) for s in lstm)
+            collector.load_state_dict(saved["collector"], replay)
             agent.load_state_dict(saved["agent"])
             for part, optimizer in optimizers.items():
                 optimizer.load_state_dict(saved["optimizers"][part])
-            torch.set_rng_state(rng["cpu"])
-            if device.type == "cuda" and rng["cuda"] is not None:
-                torch.cuda.set_rng_state(rng["cuda"], device)
+            torch.set_rng_state(saved["rng"]["cpu"])
+            if device.type == "cuda" and saved["rng"]["cuda"]:
+                torch.cuda.set_rng_state(saved["rng"]["cuda"][device.index or 0], device)
             print(f"resumed after epoch {state['epoch']}, {collector.steps:,} steps", flush=True)
         else:
             write_atomically(run_dir / "args.json", vars(args))
             (run_dir / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-        log, begun = Log(run_dir, args, saved), begun - state["wall_seconds"]
-        replay.attach(run_dir / "replay.bin")
+        log = Log(run_dir, args, saved["metrics"] if saved else "")
+        begun -= state["wall_seconds"]
 
         while state["epoch"] + 1 < len(schedule := make_schedule(args, state["first_steps"])):
             epoch = state["epoch"] = state["epoch"] + 1
             steps, parts, evaluated = schedule[epoch]
             title, games, sums = f"epoch {epoch}/{len(schedule) - 1}", [], {}
 
-            bar = Progress(desc=f"{title} collect", unit="step")
             while collector.steps < (steps or collector.first_goal()):
                 games += collector.step(agent, replay)
-                bar.update()
-            bar.close()
             state["first_steps"] = state["first_steps"] or collector.steps
 
             for part in Progress(parts, desc=f"{title} update"):
@@ -1375,95 +1291,82 @@ def train(args: Args) -> dict:
                 metrics |= {f"wm/{key}": value for key, value in found["measures"].items()}
                 state["untrained"] = state["untrained"] or json.dumps(found)
             metrics["time/run"] = time.monotonic() - begun
-            log.write(epoch, collector.steps, metrics)
-            shown = {key: metrics[key] for key in SHOWN if metrics.get(key) is not None}
-            text = "".join(f", {key} {value:.3g}" for key, value in shown.items())
-            print(f"{title}, {collector.steps:,} steps{text}", flush=True)
+            log.write({"epoch": epoch, "charts/env_steps": collector.steps, **metrics})
+            shown = [f"{key} {metrics[key]:.3g}" for key in SHOWN if metrics.get(key) is not None]
+            print(title, f"{collector.steps:,} steps", *shown, sep=", ", flush=True)
             if time.monotonic() - saved_at > CHECKPOINT_SECONDS or epoch + 1 == len(schedule):
                 saved_at = time.monotonic()
                 state["wall_seconds"] = saved_at - begun
-                cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
                 content = dict(script=Path(__file__).stem, **state, agent=agent.state_dict())
                 content["optimizers"] = {p: o.state_dict() for p, o in optimizers.items()}
-                content["collector"] = dict(steps=collector.steps, lstm=collector.lstm)
+                content["metrics"] = (run_dir / "metrics.jsonl").read_text()
+                content["collector"] = collector.state_dict()
+                cuda = torch.cuda.get_rng_state_all()
                 content["rng"] = dict(cpu=torch.get_rng_state(), cuda=cuda)
-                content |= dict(replay_size=replay.sync(), metrics_bytes=log.sync())
                 save_checkpoint(run_dir, content)
 
         final = evaluate(agent, args, args.final_episodes, len(schedule), "final evaluation")
         metrics = {f"wm/{key}": value for key, value in final["measures"].items()}
         metrics["final/mean_return"] = final["mean_return"]
-        log.write(len(schedule), collector.steps, metrics)
-        log.sync()
+        log.write({"epoch": len(schedule), "charts/env_steps": collector.steps, **metrics})
         state["wall_seconds"] = time.monotonic() - begun
-        result = make_result(args, state, collector.steps, final, device, bf16)
-        write_atomically(run_dir / "result.json", result)
-        print_result(result, run_dir)
-        return result
+        return write_result(run_dir, args, collector.steps, state, final, bf16)
 
 
-def make_result(args: Args, state: dict, steps: int, final: dict, device, bf16: bool) -> dict:
-    """What result.json holds."""
-    untrained, cuda = json.loads(state["untrained"]), device.type == "cuda"
-    status = Path("/proc/self/status")  # Linux; getrusage would count a parent in
-    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else "")
-    memory = torch.cuda.max_memory_allocated(device) if cuda else peak and 1024 * int(peak[1])
+def write_result(
+    run_dir: Path, args: Args, steps: int, state: dict, final: dict, bf16: bool
+) -> dict:
+    """Write result.json and show what was learned, measured on games that were not trained on."""
+    untrained, measures = json.loads(state["untrained"]), final["measures"]
+    status, cuda = Path("/proc/self/status"), torch.cuda.max_memory_allocated()
+    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else "")  # Linux
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
-    commit = None
+    commit, packages = None, ("torch", "gymnasium", "ale-py", "numpy")
     with contextlib.suppress(OSError):  # no git here
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    packages = ("torch", "gymnasium", "ale-py", "numpy")
-    return {
+    result = {
         **dict(env_id=args.env_id, script=Path(__file__).stem, seed=args.seed, preset=args.preset),
         **dict(env_steps=steps, updates=state["updates"], environment="stochastic", **final),
-        "open_loop_ratio": final["measures"]["open_loop_ratio"],
+        "open_loop_ratio": measures["open_loop_ratio"],
         "open_loop_ratio_untrained": untrained["measures"]["open_loop_ratio"],
-        "returns_untrained": untrained["returns"],
-        "reward_recall": final["measures"]["reward_recall"],
-        **dict(wall_seconds=state["wall_seconds"], peak_memory_bytes=memory),
-        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
-        "precision": "bf16" if bf16 else "fp32",
+        **dict(returns_untrained=untrained["returns"], reward_recall=measures["reward_recall"]),
+        **dict(wall_seconds=state["wall_seconds"], precision="bf16" if bf16 else "fp32"),
+        "peak_memory_bytes": cuda or (peak and 1024 * int(peak[1])),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
         "versions": {name: importlib.metadata.version(name) for name in packages},
         **dict(git_commit=commit, args=vars(args)),
     }
-
-
-def print_result(result: dict, run_dir: Path) -> None:
-    """What was learned, measured on games that were not trained on."""
+    write_atomically(run_dir / "result.json", result)
     print("prediction error / error of predicting no change, 1, 2, 3, ... imagined steps ahead:")
     for title, key in (("untrained", "open_loop_ratio_untrained"), ("now", "open_loop_ratio")):
         print(f"  {title:<9} " + " ".join(f"{ratio:.2f}" for ratio in result[key] or ()))
-    recall, steps = result["reward_recall"], result["measures"]["rewarded_steps"]
-    print(f"rewarded steps recognised: {0 if recall is None else recall:.0%} of {steps}")
-    now, untrained = result["mean_return"], np.mean(result["returns_untrained"])
-    print(f"return {now:.1f} +- {result['std_return']:.1f} (untrained {untrained:.1f})")
-    print(f"{result['wall_seconds'] / 60:.1f} minutes; {run_dir}/result.json", flush=True)
+    share, steps = measures["reward_recall"] or 0, measures["rewarded_steps"]
+    print(f"rewarded steps recognised: {share:.0%} of {steps}, {run_dir}/result.json has the rest")
+    now, before = final["mean_return"], untrained["mean_return"]
+    print(f"return {now:.1f} +- {final['std_return']:.1f}, untrained {before:.1f}", flush=True)
+    return result
 
 
 def eval_only(args: Args) -> dict:
     """Play `--final-episodes` games with a run's checkpoint; writes eval_<time>.json beside it."""
-    check_args(args)
-    run_dir, saved = Path(args.eval_only), load_checkpoint(Path(args.eval_only))
-    agent = Agent(int(make_env(args).action_space.n), args).to(choose_device(args)[0])
+    _, agent, _ = set_up(args)
+    saved = load_checkpoint(Path(args.eval_only))
     agent.load_state_dict(saved["agent"])
-    torch.manual_seed(args.seed)
     found = evaluate(agent, args, args.final_episodes, -1, "evaluation")
     result = dict(env_id=args.env_id, seed=args.seed, epoch=saved["epoch"], **found)
-    write_atomically(run_dir / f"eval_{time.strftime('%Y%m%d-%H%M%S')}.json", result)
+    write_atomically(Path(args.eval_only) / time.strftime("eval_%Y%m%d-%H%M%S.json"), result)
     print(f"return {found['mean_return']:.1f} +- {found['std_return']:.1f}")
     return result
 
 
 def parse_args(argv: list[str]) -> Args:
-    """Command line -> `Args`; defaults come from the preset, or from the run that is carried on or
-    evaluated. Exits with tyro's message and status 2 for what does not parse."""
+    """Command line -> `Args`; defaults: the preset's, or those of a run carried on or evaluated."""
     cli = functools.partial(tyro.cli, Args, prog=Path(__file__).name)
     early = cli(args=[word for word in argv if word not in ("-h", "--help")])
     default = Args(**PRESETS[early.preset] | {"preset": early.preset})
-    if early.eval_only:
-        default = dataclasses.replace(load_args(Path(early.eval_only)), run_dir="", resume=False)
-    elif early.resume and (Path(early.run_dir) / "args.json").exists():
-        default = load_args(Path(early.run_dir))
+    run_dir = Path(early.eval_only or early.run_dir)
+    if early.eval_only or (early.resume and (run_dir / "args.json").exists()):
+        default = dataclasses.replace(load_args(run_dir), run_dir="", resume=False, track=False)
     return cli(args=argv, default=default)
 
 
@@ -1474,8 +1377,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.eval_only:
             eval_only(args)
         elif args.dry_run:
-            check_args(args)
-            print_plan(args, Agent(int(make_env(args).action_space.n), args), *choose_device(args))
+            print_plan(args, *set_up(args)[1:])
         else:
             train(args)
         return 0

@@ -6,6 +6,8 @@
     from play import DreamEnv
     env = DreamEnv("runs/Pong__...")            # reset() and step() happen in the world model alone
 
+The first start with a run learns a decoder for its dreams, which takes a minute: see play_pictures.py.
+
 Read downward: 1 a trained run, 2 scenes (the real game, the dream), 3 DreamEnv, 4 what one tab plays, 5 the server,
 6 the command line. The page is in play_web/; what the server sends it is described above `Session.hello`.
 
@@ -21,7 +23,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import io
 import ipaddress
 import itertools
 import json
@@ -32,7 +33,6 @@ import socket
 import struct
 import sys
 import traceback
-import zlib
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -43,10 +43,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 from aiohttp import web
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 import jedi_atari
 import jedi_atari_stochastic
+import play_pictures
 
 FPS = 15  # steps per second at speed 1: the console's 60 frames, 4 to a step
 REST = 15  # ticks for which the end of a game or dream stays on the screen
@@ -60,62 +62,11 @@ PAGES = {
     "play.js": "text/javascript",
     "style.css": "text/css",
 }  # all that is served
-BAD_INPUT = (jedi_atari.BadInput, jedi_atari_stochastic.BadInput)
 
 
 # ======================================================================================================================
 # 1. A trained run
 # ======================================================================================================================
-
-
-class Replay:
-    """Recorded play to start dreams from: read a few records at a time, since a file can be larger than memory."""
-
-    def __init__(self, records: np.ndarray, recorded: bool):
-        self.records, self.recorded = records, recorded  # recorded: by the run itself
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def window(self, index: int, length: int) -> tuple[np.ndarray, list[int], int]:
-        """The frame at `index` after up to `length` - 1 frames of its episode, (k, 64, 64, 3), the k - 1 actions
-        between them, and the index. Nothing follows an episode's last frame: it gives the one before.
-
-        Raises `BadInput` if a record fails its checksum.
-        """
-        index = min(max(index, 0), len(self) - 1)
-        if index and self.records[index]["final"]:
-            index -= 1
-        first = index
-        while first > max(index - length + 1, 0) and not self.records[first - 1]["final"]:
-            first -= 1
-        part = np.array(self.records[first : index + 1])
-        for i, record in enumerate(part, first):
-            if zlib.crc32(record.tobytes()[4:]) != record["crc"]:
-                raise jedi_atari.BadInput(
-                    f"the replay's record {i} fails its checksum: replay.bin was altered"
-                )
-        return part["frame"], part["action"][:-1].tolist(), index
-
-
-def random_play(script: ModuleType, args: jedi_atari.Args, steps: int = 300) -> np.ndarray:
-    """Records of the real game, played with random actions: for runs whose own play was deleted."""
-    env, rng = script.make_env(args), np.random.default_rng(args.seed)
-    records = np.zeros(steps, script.ReplayBuffer.RECORD)
-    frame, _ = env.reset(seed=args.seed)
-    over = False
-    for record in records:
-        record["frame"], record["final"] = frame, over
-        if over:
-            frame, _ = env.reset()
-            over = False
-        else:
-            record["action"] = rng.integers(env.action_space.n)
-            frame, _, terminated, truncated, info = env.step(int(record["action"]))
-            _, over = script.replay_end(terminated, truncated, info)
-        record["crc"] = zlib.crc32(record.tobytes()[4:])
-    env.close()
-    return records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +78,8 @@ class Model:
     game: str
     device: torch.device
     agent: jedi_atari.Agent
-    decoder: jedi_atari.Decoder | None
-    replay: Replay
+    decoder: play_pictures.Decoder
+    replay: jedi_atari.ReplayBuffer  # the run's own play, to start dreams from
     meanings: tuple[str, ...]  # of the actions: NOOP, UPFIRE, ...
     epoch: int
     steps: int  # of the real game that it was trained on
@@ -137,44 +88,22 @@ class Model:
         return self  # gymnasium copies the arguments of its environments
 
 
-def script_of(run_dir: Path) -> ModuleType:
-    """The script that made a run, by the names of its arguments. `load_checkpoint` checks that it is the one."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        if "sticky_prob" in json.loads((run_dir / "args.json").read_text()).keys():
-            return jedi_atari_stochastic
-    return jedi_atari
-
-
-def load_model(run_dir: Path, device: str = "auto", env_id: str = "") -> Model:
-    """Read a run folder; writes nothing. Raises `BadInput` if it holds no checkpoint, or another game than `env_id`."""
-    script = script_of(run_dir)
-    if not (run_dir / "checkpoint.pt").is_file():
-        raise script.BadInput(
-            f"{run_dir} holds no checkpoint.pt; give the folder of a run that has saved one"
-        )
-    # A person plays longer than a run that is cut short to save time.
-    args = dataclasses.replace(script.load_args(run_dir), max_episode_steps=27_000, compile=False)
+def load_model(run_dir: Path, device: str = "auto", env_id: str = "", threads: int = 0) -> Model:
+    """Read a run folder; what is missing for pictures is learned first, a minute. Raises `BadInput` if the folder holds
+    no checkpoint, or another game than `env_id`."""
+    script, args = play_pictures.load_args(run_dir)
     gym_id, game = script.resolve_env_id(args.env_id)
     if env_id and script.resolve_env_id(env_id)[0] != gym_id:
-        raise script.BadInput(
+        raise jedi_atari.BadInput(
             f"{run_dir} is a run of {args.env_id}, not of {env_id}; drop --env-id {env_id}"
         )
-    where = script.choose_device(device)
-    saved = script.load_checkpoint(run_dir, where)
-    env = script.make_env(args)
-    meanings = meanings_of(env)
-    env.close()
-    agent, decoder = script.Agent(len(meanings), args).to(where), None
-    agent.load_state_dict(saved["agent"])
-    if saved.get("decoder"):
-        decoder = script.Decoder().to(where)
-        decoder.load_state_dict(saved["decoder"][0])
-    for network in filter(None, (agent, decoder)):
-        # Weights in the order in which a CPU's convolutions want them: else each call reorders them.
-        network.requires_grad_(False).to(memory_format=torch.channels_last)
-    replay = open_replay(script, args, run_dir / "replay.bin", saved["replay_size"])
-    steps = saved["collector"]["steps"]
-    return Model(script, args, game, where, agent, decoder, replay, meanings, saved["epoch"], steps)
+    run = play_pictures.load_run(run_dir, device, threads)
+    # A person plays longer than a run that is cut short to save time.
+    args = dataclasses.replace(run.args, max_episode_steps=27_000)
+    where, meanings = run.agent.norm.mean.device, meanings_of(run.collector.env)
+    decoder, replay = play_pictures.decoder_of(run), run.replay
+    epoch, steps = run.saved["epoch"], run.saved["collector"]["steps"]
+    return Model(script, args, game, where, run.agent, decoder, replay, meanings, epoch, steps)
 
 
 def meanings_of(env: gym.Env) -> tuple[str, ...]:
@@ -183,13 +112,20 @@ def meanings_of(env: gym.Env) -> tuple[str, ...]:
     return tuple(named() if named else (f"ACTION {i}" for i in range(int(env.action_space.n))))
 
 
-def open_replay(script: ModuleType, args: jedi_atari.Args, path: Path, size: int) -> Replay:
-    """The play that a run recorded, up to its checkpoint: a run that is still going on only cuts off what is newer."""
-    record = script.ReplayBuffer.RECORD
-    size = min(size, path.stat().st_size // record.itemsize) if path.is_file() else 0
-    if size < 2:
-        return Replay(random_play(script, args), recorded=False)
-    return Replay(np.memmap(path, record, "r", shape=(size,)), recorded=True)
+def recorded(
+    replay: jedi_atari.ReplayBuffer, index: int, length: int
+) -> tuple[np.ndarray, list[int], int]:
+    """The frame at `index` after up to `length` - 1 frames of its episode, (k, 64, 64, 3), the k - 1 actions between
+    them, and the index. Nothing follows an episode's last frame: it gives the one before."""
+    index = min(max(index, 0), replay.size - 1)
+    starts = replay.starts[: replay.num_episodes]
+    episode = int(torch.searchsorted(starts, index, right=True)) - 1
+    start, open_ = int(starts[episode]), replay.open and episode == len(starts) - 1
+    if index == start + int(replay.lengths[episode]) - 1 and not open_:
+        index -= 1
+    first = max(start, index - length + 1)
+    frames, actions = replay.frames[first : index + 1], replay.actions[first:index]
+    return frames.numpy(), actions.tolist(), index
 
 
 class Chance:
@@ -230,9 +166,7 @@ class Scene:
 
     def __init__(self, model: Model):
         self.model = model
-        self.frame: np.ndarray | None = (
-            None  # what there is to see; None in a dream without decoder
-        )
+        self.frame: np.ndarray | None = None  # what there is to see
         self.steps, self.score, self.reward = 0, 0.0, 0.0
         self.end = self.over = (
             False  # end: a life lost or the game; over: there is nothing more to play
@@ -276,7 +210,8 @@ class Scene:
         reward = self.model.agent.reward
         features = reward.features(torch.stack([self.latents[-1], z], 1), self.tensor([action]))
         hidden, self.reward_state = reward.lstm(features, self.reward_state)
-        self.reward_logits, self.end_logits = (logits[:, 0] for logits in reward.predict(hidden))
+        logits = reward.head(hidden)[:, 0].float()
+        self.reward_logits, self.end_logits = logits.split([3, 2], dim=-1)
         self.reward_probs = self.reward_logits.softmax(-1)[0].tolist()
         self.end_prob = self.end_logits.softmax(-1)[0, 1].item()
         self.latents = [*self.latents[1:], z]
@@ -312,9 +247,8 @@ class RealGame(Scene):
             action,
         )
         self.score += self.reward
-        self.end, stop = self.model.script.replay_end(terminated, truncated, info)
-        self.over = terminated or truncated
-        if stop and not self.over:
+        self.end, self.over = info["end"], terminated or truncated
+        if info["stop"] and not self.over:
             # A life is lost: as in training, the world model starts anew; as in evaluation, the policy plays on.
             policy_state, probs = self.policy_state, (self.action_probs, self.value, self.logits)
             self.begin(self.frame[None], [])
@@ -357,8 +291,7 @@ class Dream(Scene):
 
     def show(self) -> None:
         """Decode the newest latent."""
-        decoder = self.model.decoder
-        self.frame = None if decoder is None else decoder.pictures(self.latents[-1])[0]
+        self.frame = self.model.decoder.pictures(self.latents[-1])[0]
 
 
 # ======================================================================================================================
@@ -371,7 +304,7 @@ class DreamEnv(gym.Env):
 
     `reset` starts from frames of the run's recorded play, drawn by the seed, or ending with the frame number
     `options["frame"]`. `terminated` is drawn from the model's own prediction of an end; `truncated` after `max_steps`.
-    The same seed and actions give the same dream. Raises `BadInput` for a run without decoder.
+    The same seed and actions give the same dream.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
@@ -385,10 +318,6 @@ class DreamEnv(gym.Env):
         device: str = "auto",
     ):
         self.model = run if isinstance(run, Model) else load_model(Path(run), device)
-        if self.model.decoder is None:
-            raise self.model.script.BadInput(
-                "this run has no decoder, so its dreams have no pictures to observe"
-            )
         self.max_steps, self.render_mode = max_steps, render_mode
         self.sample_steps = sample_steps or self.model.args.sample_steps
         self.observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
@@ -400,11 +329,10 @@ class DreamEnv(gym.Env):
     ) -> tuple[np.ndarray, dict]:
         """Start a dream."""
         super().reset(seed=seed)
-        drawn = int(self.np_random.integers(len(self.model.replay)))
+        drawn = int(self.np_random.integers(self.model.replay.size))
         self.chance = Chance(int(self.np_random.integers(2**63)), self.model.device)
-        frames, taken, index = self.model.replay.window(
-            (options or {}).get("frame", drawn), self.model.args.context_frames
-        )
+        index, n = (options or {}).get("frame", drawn), self.model.args.context_frames
+        frames, taken, index = recorded(self.model.replay, index, n)
         self.dream = Dream(self.model)
         self.dream.begin(frames, taken)
         return self.dream.frame, {"frame": index}
@@ -532,7 +460,7 @@ class Session:
         if value == "game":
             self.scene = self.game
         elif self.game.over:
-            self.dream_from(int(self.rng.integers(len(self.model.replay))))
+            self.dream_from(int(self.rng.integers(self.model.replay.size)))
         else:
             self.scene = self.dream = Dream(self.model)
             self.dream.take_over(self.game)
@@ -567,7 +495,7 @@ class Session:
         if self.mode == "game":
             self.game.reset()
         else:
-            self.dream_from(int(self.rng.integers(len(self.model.replay))))
+            self.dream_from(int(self.rng.integers(self.model.replay.size)))
 
     def do_dream_from(self, value: int) -> None:
         """A dream that starts with a frame of the replay."""
@@ -585,7 +513,8 @@ class Session:
     # --- playing
 
     def dream_from(self, index: int) -> None:
-        frames, taken, self.start = self.model.replay.window(index, self.model.args.context_frames)
+        replay, n = self.model.replay, self.model.args.context_frames
+        frames, taken, self.start = recorded(replay, index, n)
         self.scene = self.dream = Dream(self.model)
         self.dream.begin(frames, taken)
 
@@ -622,9 +551,9 @@ class Session:
         if self.recording is None:
             return
         scene = self.scene
-        picture = latent_picture(self.latents()) if scene.frame is None else scene.frame
         name = "real game" if self.mode == "game" else "dream"
-        self.recording.append(Shot(picture, f"{name}, step {scene.steps}", scene.reward, scene.end))
+        text = f"{name}, step {scene.steps}"
+        self.recording.append(Shot(scene.frame, text, scene.reward, scene.end))
         if len(self.recording) >= FILM_FRAMES:
             self.do_record(False)
 
@@ -642,9 +571,7 @@ class Session:
         about = {
             "game": model.game,
             "actions": model.meanings,
-            "decoder": model.decoder is not None,
-            "replay": len(model.replay),
-            "recorded": model.replay.recorded,
+            "replay": model.replay.size,
             "trained_steps": model.steps,
             "epoch": model.epoch,
             "chance": model.script is jedi_atari_stochastic,
@@ -655,7 +582,7 @@ class Session:
         return pack("hello", about)
 
     def view(self) -> bytes:
-        """The present moment: state, frame (12,288 bytes, none in a dream without decoder), latents (1,024 bytes)."""
+        """The present moment: state, frame (12,288 bytes), latents (1,024 bytes)."""
         scene = self.scene
         state = {
             "mode": self.mode,
@@ -675,14 +602,12 @@ class Session:
             "value": number(scene.value),
             "reward_probs": [number(p) for p in scene.reward_probs],
             "end_prob": number(scene.end_prob),
-            "frame": scene.frame is not None,
         }
-        frame = b"" if scene.frame is None else scene.frame.tobytes()
-        return pack("view", state, frame, self.latents().tobytes())
+        return pack("view", state, scene.frame.tobytes(), self.latents().tobytes())
 
     def preview(self, value: int) -> bytes:
         """A frame of the replay."""
-        frames, _, index = self.model.replay.window(int(value), 1)
+        frames, _, index = recorded(self.model.replay, int(value), 1)
         return pack("preview", {"index": index}, frames[-1].tobytes())
 
 
@@ -700,31 +625,15 @@ def number(x: float) -> float | None:
     return round(x, 4) if math.isfinite(x) else None
 
 
-def latent_picture(latents: np.ndarray) -> np.ndarray:
-    """(16, 8, 8) int8 -> (64, 64, 3): 4 x 4 tiles of double size; blue below zero, white at it, orange above."""
-    tiles = (
-        latents.reshape(4, 4, 8, 8).transpose(0, 2, 1, 3).reshape(32, 32).repeat(2, 0).repeat(2, 1)
-    )
-    strength = np.abs(tiles.astype(np.float32))[..., None] / 127
-    colour = np.where(tiles[..., None] < 0, np.array([0, 83, 138]), np.array([200, 80, 0]))
-    return (255 + strength * (colour - 255)).round().astype(np.uint8)
-
-
 def make_gif(film: list[Shot]) -> bytes:
     """An animated GIF, four times enlarged, at the game's speed, with what happened above the picture."""
-    from PIL import Image, ImageDraw
-
-    size, head = 256, 28
+    size, head = 4 * jedi_atari.IMAGE_SIZE, 28
 
     def draw(shot: Shot) -> Image.Image:
         sheet = Image.new("RGB", (size, size + head), "white")
-        sheet.paste(
-            Image.fromarray(shot.picture).resize((size, size), Image.Resampling.NEAREST), (0, head)
-        )
-        pen, (_, colour) = (
-            ImageDraw.Draw(sheet),
-            jedi_atari.event(int(np.sign(shot.reward)), shot.end),
-        )
+        sheet.paste(play_pictures.enlarged(shot.picture, 4), (0, head))
+        pen = ImageDraw.Draw(sheet)
+        _, colour = play_pictures.event(int(np.sign(shot.reward)), shot.end)
         events = [f"{shot.reward:+g}"] * bool(shot.reward) + ["end"] * shot.end
         pen.text((4, 6), shot.text, "black", font_size=15)
         pen.text((size - 4, 5), ", ".join(events), colour, font_size=16, anchor="ra")
@@ -732,10 +641,7 @@ def make_gif(film: list[Shot]) -> bytes:
 
     # A GIF counts in hundredths of a second: 7 + 7 + 6 of them are three steps of 1 / 15 s.
     milliseconds = [(70, 70, 60)[i % 3] for i in range(len(film))]
-    sheets, content = map(draw, film), io.BytesIO()
-    first = next(sheets)
-    first.save(content, "GIF", save_all=True, append_images=sheets, duration=milliseconds, loop=0)
-    return content.getvalue()
+    return play_pictures.gif(map(draw, film), milliseconds)
 
 
 # ======================================================================================================================
@@ -797,17 +703,8 @@ class Tab:
         except (ConnectionError, aiohttp.ClientError):
             await self.ws.close()  # the page is gone
         except Exception as error:
-            known = isinstance(error, BAD_INPUT)
-            print(
-                f"play.py: error: {error}" if known else traceback.format_exc(),
-                file=sys.stderr,
-                flush=True,
-            )
-            text = (
-                str(error)
-                if known
-                else f"{type(error).__name__}; the terminal of play.py says more"
-            )
+            print(traceback.format_exc(), file=sys.stderr, flush=True)
+            text = f"{type(error).__name__}; the terminal of play.py says more"
             with contextlib.suppress(ConnectionError, aiohttp.ClientError):
                 await self.ws.send_bytes(pack("error", {"text": text}))
             await self.ws.close()
@@ -838,9 +735,7 @@ class Tab:
                 break
             try:
                 await self.obey(json.loads(message.data))
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-                if isinstance(error, BAD_INPUT):
-                    raise
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
                 self.outbox.put(
                     pack("error", {"text": "the page sent a command that makes no sense"}),
                     letter=True,
@@ -1045,14 +940,8 @@ async def serve(model: Model, options: argparse.Namespace) -> None:
 
 def announce(model: Model, server: Server, port: int) -> None:
     """Say what there is to play and where."""
-    replay = f"{len(model.replay):,} frames " + (
-        "of its play"
-        if model.replay.recorded
-        else "of random play, made just now: the run kept none"
-    )
-    pictures = "with pictures" if model.decoder else "latents only: the run has no decoder"
     print(f"game     {model.game}, after {model.steps:,} steps of training play")
-    print(f"dream    {pictures}; starts from {replay}")
+    print(f"dream    starts from any of {model.replay.size:,} frames of that play")
     name = f"[{server.host}]" if ":" in server.host else server.host
     if server.host in ("0.0.0.0", "::"):
         name = socket.gethostname()
@@ -1072,16 +961,9 @@ def announce(model: Model, server: Server, port: int) -> None:
 # ======================================================================================================================
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str):
-        raise jedi_atari.BadInput(message)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """Raises `BadInput`."""
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = play_pictures.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument(
         "run_dir", type=Path, help="folder of a run of jedi_atari.py or jedi_atari_stochastic.py"
     )
@@ -1114,8 +996,9 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 when it was stopped, 2 for bad input."""
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
-        asyncio.run(serve(load_model(options.run_dir, options.device, options.env_id), options))
-    except BAD_INPUT as error:
+        where = (options.run_dir, options.device, options.env_id, options.threads)
+        asyncio.run(serve(load_model(*where), options))
+    except play_pictures.BAD_INPUT as error:
         print(f"play.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

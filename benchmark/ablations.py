@@ -21,7 +21,7 @@ Judged by what two latent spaces have in common, on play that was not trained on
 - end k: probability that it gives to the truth about the end of the game, ends and other steps counted alike (0.5: it
   knows nothing), the last k latents imagined;
 - pixels k: error of the picture decoded from latents imagined k steps ahead, over the error of showing the last real
-  frame again (below 1 is skill), counted where the picture changes;
+  frame again (below 1 is skill), counted where the picture changes; the decoder is learned after the run;
 - position (Catch): share of imagined latents, 3 steps ahead, off which a linear probe reads the ball's true place;
 - return (Catch): mean over 100 games of the trained policy; random play -0.6, perfect play +1;
 - rank, std: health of the latents.
@@ -53,44 +53,45 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import common
 import toys  # noqa: F401  (registers toys:Catch-v0)
 
 import jedi_atari as jedi
+import play_pictures
 
 ROOT = Path(__file__).resolve().parent.parent
 
 # The sizes of the tiny preset with the papers' choices: what the variants are changed from, but for --base.
 BASES = {"centred": dict(latent_norm="center"), "plain": dict(latent_norm="none")}
-COMMON = jedi.PRESETS["tiny"] | dict(reward_noise=0.0, encoder_lr_scale=0.03, decoder=True)
+COMMON = jedi.PRESETS["tiny"] | dict(reward_noise=0.0, encoder_lr_scale=0.03)
 
 
 def full_size(scale: float) -> dict:
-    """Arguments for Pong at the full run's sizes, `scale` times 1,900 updates (a full run's first epoch has 20,000
-    of the world model). Those of the second epoch mend the dream once the reward updates have moved the encoder."""
+    """Arguments for Pong at the full run's sizes, `scale` times 1,900 updates (a full run makes 20,000 of the world
+    model before its policy learns)."""
     return dict(
         env_id="Pong", precision="bf16", batch_size=16, total_steps=5_100, first_steps_min=5_000, first_steps_max=5_000,
         final_epochs=0, first_diffusion_updates=round(1_000 * scale), first_reward_updates=round(500 * scale),
         first_policy_updates=0, diffusion_updates=round(400 * scale), reward_updates=0, policy_updates=0,
-        heldout_steps=1_600, eval_every=100, eval_episodes=2, final_episodes=2, checkpoint_every=1, decoder=True,
+        eval_every=100, eval_episodes=2, final_episodes=2,
     )  # fmt: skip
 
 
 GAMES = {
-    # The policy learns in the second epoch, after the diffusion updates that mend the dream once the reward updates
-    # have moved the encoder (docs/log.md, "Catch for certain").
+    # The policy learns after all updates of the world model.
     "Catch": COMMON
     | dict(
         env_id="toys:Catch-v0", total_steps=3_100, first_steps_min=3_000, first_steps_max=3_000, final_epochs=0,
         first_diffusion_updates=350, first_reward_updates=250, first_policy_updates=0, epoch_steps=100,
         diffusion_updates=100, reward_updates=10, policy_updates=300, context_frames=2, encoder_width=8,
-        denoiser_width=16, cond_dim=64, reward_width=8, reward_cond_dim=32, lstm_size=128, reward_window=2, horizon=5,
-        sample_steps=2, entropy_weight=0.01, heldout_steps=400, eval_every=100, eval_episodes=20, final_episodes=100,
-        eval_envs=20, max_episode_steps=100,
+        denoiser_width=16, cond_dim=64, reward_width=8, lstm_size=128, reward_window=3, horizon=5,
+        sample_steps=2, entropy_weight=0.01, eval_every=100, eval_episodes=20, final_episodes=100,
+        max_episode_steps=100,
     ),
     "Pong": COMMON
     | dict(
         env_id="Pong", total_steps=3_000, first_steps_min=3_000, first_steps_max=3_000, final_epochs=0,
-        first_diffusion_updates=200, first_reward_updates=200, first_policy_updates=0, heldout_steps=1_600,
+        first_diffusion_updates=200, first_reward_updates=200, first_policy_updates=0,
         eval_episodes=2, final_episodes=2,
     ),
     "Pong-full-size": full_size(1),
@@ -110,46 +111,23 @@ PICTURE = (
 # --- variants that change a function
 
 
-@contextlib.contextmanager
-def replaced(owner: object, name: str, function: Callable):
-    """`owner.name` is `function`, within."""
-    kept = getattr(owner, name)
-    setattr(owner, name, function)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
-
-
 def no_clamp():
     """Latents without bounds, neither the encoder's nor the denoiser's."""
     stack = contextlib.ExitStack()
-    stack.enter_context(replaced(jedi, "clamp_latent", lambda z: z))
-    stack.enter_context(replaced(jedi.LatentNorm, "clamp", lambda self, z: z))
+    stack.enter_context(common.replaced(jedi, clamp_latent=lambda z: z))
+    stack.enter_context(common.replaced(jedi.LatentNorm, clamp=lambda self, z: z))
     return stack
 
 
 def normalised_before_clamp():
     """A group norm without parameters, one group, before the encoder's clamp."""
-    layers, clamp = jedi.Encoder.layers, jedi.clamp_latent
+    forward, clamp = jedi.Encoder.forward, jedi.clamp_latent
 
     def normalised(self, frames):
-        with replaced(jedi, "clamp_latent", lambda x: clamp(F.group_norm(x, 1))):
-            return layers(self, frames)
+        with common.replaced(jedi, clamp_latent=lambda x: clamp(F.group_norm(x, 1))):
+            return forward(self, frames)
 
-    return replaced(jedi.Encoder, "layers", normalised)
-
-
-def unnormalised_rewards():
-    """The reward/termination model's blocks straight into its LSTM, as in DIAMOND's code."""
-
-    def features(self, z, actions):
-        x = self.conv_in(torch.cat([z[:, :-1], z[:, 1:]], dim=2).flatten(0, 1))
-        for block in self.blocks:
-            x = block(x, self.action_embedding(actions.flatten()))
-        return x.reshape(*actions.shape, -1)
-
-    return replaced(jedi.RewardTerminationModel, "features", features)
+    return common.replaced(jedi.Encoder, forward=normalised)
 
 
 def no_denoising_gradient():
@@ -157,11 +135,11 @@ def no_denoising_gradient():
     loss = jedi.diffusion_loss
 
     def detached(agent, batch, args):
-        encode = agent.encoder.forward
-        with replaced(agent.encoder, "forward", lambda frames: encode(frames).detach()):
+        latents = agent.latents
+        with common.replaced(agent, latents=lambda frames: latents(frames).detach()):
             return loss(agent, batch, args)
 
-    return replaced(jedi, "diffusion_loss", detached)
+    return common.replaced(jedi, diffusion_loss=detached)
 
 
 def averaged_target(rate: float = 0.01):
@@ -175,14 +153,15 @@ def averaged_target(rate: float = 0.01):
         with torch.no_grad():
             for old, new in zip(average.parameters(), agent.encoder.parameters(), strict=True):
                 old.lerp_(new, rate)
-            targets = average(batch.frames[:, n:])
-        encode = agent.encoder.forward
+            late = batch.frames[:, n:]
+            targets = average(late.flatten(0, 1)).unflatten(0, late.shape[:2])
+        latents = agent.latents
         # The first target is also context of the second: there the averaged latent stands in for the encoder's own.
-        joined = lambda frames: torch.cat([encode(frames[:, :n]), targets], dim=1)  # noqa: E731
-        with replaced(agent.encoder, "forward", joined):
+        joined = lambda frames: torch.cat([latents(frames[:, :n]), targets], dim=1)  # noqa: E731
+        with common.replaced(agent, latents=joined):
             return loss(agent, batch, args)
 
-    return replaced(jedi, "diffusion_loss", with_average)
+    return common.replaced(jedi, diffusion_loss=with_average)
 
 
 def regression():
@@ -195,7 +174,7 @@ def regression():
 
     def loss(agent, batch, args):
         n = args.context_frames
-        latents = agent.encoder(batch.frames)
+        latents = agent.latents(batch.frames)
         agent.norm.update(latents.detach(), batch.mask)
         z = agent.norm(latents) * batch.mask[..., None, None, None]
         context, losses = list(z[:, :n].unbind(1)), []
@@ -209,10 +188,7 @@ def regression():
         value = jedi.masked_mean(torch.stack(losses, dim=1), batch.mask[:, n:]) / args.sigma_data**2
         return value, {"loss": value.detach(), "latent_std": z.detach().std()}
 
-    stack = contextlib.ExitStack()
-    stack.enter_context(replaced(jedi, "diffusion_loss", loss))
-    stack.enter_context(replaced(jedi, "sample_next_latent", torch.no_grad()(predict)))
-    return stack
+    return common.replaced(jedi, diffusion_loss=loss, sample_next_latent=torch.no_grad()(predict))
 
 
 class Variant(NamedTuple):
@@ -239,7 +215,6 @@ VARIANTS: dict[str, Variant] = {
     "sigma_data 1": Variant({"sigma_data": 1.0}),
     "no offset noise": Variant({"sigma_offset": 0.0}),
     "reward noise 0.2": Variant({"reward_noise": 0.2}),
-    "no group norm before the reward LSTM": Variant(change=unnormalised_rewards),
     "encoder 10 times as fast": Variant({"encoder_lr_scale": 0.3}),
     "sampler starts at sigma_max 5": Variant({"sample_start": "sigma_max"}),
     "sampler starts at sigma_max 20": Variant(
@@ -262,8 +237,7 @@ def run(game: str, base: str, name: str, arguments: dict) -> dict:
     with tempfile.TemporaryDirectory() as folder, variant.change():
         args = jedi.Args(**arguments, run_dir=f"{folder}/run")
         result = jedi.train(args)
-        saved = jedi.load_checkpoint(Path(args.run_dir), torch.device("cpu"))
-        found = measure(args, saved)
+        found = measure(args, Path(args.run_dir))
     measures = result["measures"]
     return {
         "game": game,
@@ -285,26 +259,20 @@ def run(game: str, base: str, name: str, arguments: dict) -> dict:
 
 
 @torch.no_grad()
-def measure(args: jedi.Args, saved: dict) -> dict:
-    """Pixels and positions, of play by a policy that has not learned: the same for all variants."""
-    env = jedi.make_env(args)
-    agent = jedi.Agent(int(env.action_space.n), args)
-    env.close()
-    fresh = copy.deepcopy(agent.policy.state_dict())
-    agent.load_state_dict(saved["agent"])
-    decoder = jedi.Decoder()
-    decoder.load_state_dict(saved["decoder"][0])
-    agent.policy.load_state_dict(fresh)
+def measure(args: jedi.Args, run_dir: Path) -> dict:
+    """Pixels, ends and positions, of play by a policy that has not learned: the same for all variants."""
+    made = play_pictures.load_run(run_dir, "cpu", args.threads)
+    agent, replay = made.agent, made.replay
+    jedi.zero_(agent.policy.policy)
+    with torch.enable_grad():
+        decoder = play_pictures.learn_decoder(agent, replay.frames[: replay.size], args.seed)
     torch.manual_seed(args.seed)
-    episodes = 2 if args.env_id == "Pong" else 100
-    heldout = jedi.evaluate(agent, args, torch.device("cpu"), episodes, 77 + args.seed).heldout
-    n, ahead = args.context_frames, 3
-    windows = heldout.all_windows(n + ahead, stride=1, count=256)
+    steps, ahead = (1_600 if args.env_id == "Pong" else 400), 3
+    heldout = common.play(jedi, agent, args, 1_000_000 + args.seed, steps)
+    windows = heldout.all_windows(args.context_frames + ahead, stride=1, count=256)
     z = agent.encode(windows.frames)
-    imagined = jedi.open_loop(
-        agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args
-    )
-    found = {"pixels": pixel_ratios(decoder, imagined, windows.frames[:, n - 1 :])}
+    imagined = jedi.open_loop(agent, z, windows.actions, ahead, args)[:, -ahead:]
+    found = {"pixels": pixel_ratios(decoder, imagined, windows.frames[:, -ahead - 1 :])}
     found["end"] = {k: end_probability(agent, z, windows, k, args) for k in (0, ahead)}
     if args.env_id != "Pong":
         found["position"] = position(agent, heldout, imagined[:, -1], windows.frames[:, -1])
@@ -312,7 +280,7 @@ def measure(args: jedi.Args, saved: dict) -> dict:
 
 
 def pixel_ratios(
-    decoder: jedi.Decoder, imagined: torch.Tensor, frames: torch.Tensor
+    decoder: play_pictures.Decoder, imagined: torch.Tensor, frames: torch.Tensor
 ) -> dict[int, float]:
     """Squared error of decoded pictures over that of the last real frame (frames[:, 0]), where the picture changes."""
     ratios, last = {}, frames[:, 0].float()
@@ -336,12 +304,10 @@ def end_probability(
     Ends count as much as all other steps together, so that a model which never says "end" gets a half. None where no
     game ends.
     """
-    n, seen, end = args.context_frames, z.clone(), windows.ends[:, -2].long()
+    end = windows.ends[:, -2].long()
     if end.min() == end.max():
         return None
-    if k:
-        past, actions = windows.actions[:, -k - n : -k - 1], windows.actions[:, -k - 1 : -1]
-        seen[:, -k:] = jedi.open_loop(agent, z[:, -k - n : -k], past, actions, args)
+    seen = jedi.open_loop(agent, z, windows.actions, k, args)
     logits = agent.reward(seen, windows.actions[:, :-1])[1]
     right = logits[:, -1].softmax(-1).gather(1, end[:, None])[:, 0]
     return ((right[end == 1].mean() + right[end == 0].mean()) / 2).item()
@@ -366,10 +332,8 @@ def position(
 def run_to_file(path: Path, *one) -> str:
     """One run, kept in `path`; returns what to say of it."""
     found = run(*one)
-    jedi.write_json(path, found)
-    return (
-        f"{found['game']}, {found['variant']}, seed {found['seed']}: {jedi.clock(found['seconds'])}"
-    )
+    jedi.write_atomically(path, found)
+    return f"{found['game']}, {found['variant']}, seed {found['seed']}: {common.clock(found['seconds'])}"
 
 
 def run_all(todo: list[tuple], jobs: int) -> None:
@@ -414,7 +378,7 @@ def table(out: Path, game: str) -> str:
     results = read_results(out, game)
     shown = columns(results)
     lines = ["| variant | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
-    for name in VARIANTS:
+    for name in dict.fromkeys([*VARIANTS, *(r["variant"] for r in results)]):
         of_name = [r for r in results if r["variant"] == name]
         if not of_name:
             continue
@@ -430,8 +394,6 @@ def table(out: Path, game: str) -> str:
 
 def draw(out: Path, path: Path) -> None:
     """A dot for each seed of each variant, a panel for each measure; dashed: the mean of what they are changed from."""
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     results = {game: read_results(out, game) for game in GAMES}
@@ -440,8 +402,8 @@ def draw(out: Path, path: Path) -> None:
         for game, measure in PICTURE
         if any(measure in columns([r]) for r in results[game])
     ]
-    made = {result["variant"] for game in GAMES for result in results[game]}
-    names = [name for name in VARIANTS if name in made]
+    made = [result["variant"] for game in GAMES for result in results[game]]
+    names = [name for name in dict.fromkeys([*VARIANTS, *made]) if name in made]
     figure = Figure(
         figsize=(3.2 + 2.4 * len(panels), 1.2 + 0.28 * len(names)), dpi=100, layout="constrained"
     )
@@ -458,9 +420,7 @@ def draw(out: Path, path: Path) -> None:
         ax.set(title=f"{game}: {measure}", yticks=range(len(names)), yticklabels=names)
         ax.grid(alpha=0.3)
     axes[0].invert_yaxis()
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    jedi.write_png(path, np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    figure.savefig(path)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

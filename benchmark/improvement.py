@@ -20,6 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import common
+
 import jedi_atari as jedi
 
 DRAWS = 10_000  # of the bootstrap
@@ -48,8 +50,8 @@ def random_play(args: jedi.Args, episodes: int) -> dict:
         "returns": returns,
         "lengths": lengths,
         "mean_return": float(np.mean(returns)),
-        "versions": jedi.versions(),
-        "git_commit": jedi.git_commit(),
+        "versions": common.versions(),
+        "git_commit": common.git_commit(),
     }
 
 
@@ -128,7 +130,7 @@ def table(runs: list[tuple[Path, dict]], chance: dict[str, dict]) -> str:
                 "yes" if improved(result["returns"], random["returns"]) else "no",
                 f"{result['env_steps']:,}",
                 "no data" if recall is None else f"{recall:.0%}",
-                jedi.clock(result["wall_seconds"]),
+                common.clock(result["wall_seconds"]),
                 f"{result['peak_memory_bytes'] / 2**30:.2f} GiB",
             ]
         )
@@ -183,7 +185,6 @@ def draw(runs: list[tuple[Path, dict]], chance: dict[str, dict], path: Path) -> 
 
     Over policy updates, not steps: most steps of the small preset are the random play before the first update.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     games = sorted({result["env_id"] for _, result in runs})
@@ -224,9 +225,7 @@ def draw(runs: list[tuple[Path, dict]], chance: dict[str, dict], path: Path) -> 
         "thin: games of training; circles: evaluations; square: 100 games at the end, 95% interval",
         fontsize=10,
     )
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    jedi.write_png(path, np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    figure.savefig(path)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -256,13 +255,15 @@ def play(options: argparse.Namespace) -> None:
     names = [jedi.resolve_env_id(game)[1] for game in options.random.split(",")]
     if options.episodes < 2:
         raise jedi.BadInput(f"--episodes is {options.episodes}; it must be at least 2")
+    for name in names:
+        jedi.make_env(jedi.Args(env_id=name)).close()  # before anything is written
     options.out.mkdir(parents=True, exist_ok=True)
     for name in names:
         settings = jedi.PRESETS[options.preset] | dict(
             env_id=name, preset=options.preset, seed=options.seed
         )
         result = random_play(jedi.Args(**settings), options.episodes)
-        jedi.write_json(options.out / f"{name}.json", result)
+        jedi.write_atomically(options.out / f"{name}.json", result)
         print(f"{name}: {with_interval(result['returns'])} over {options.episodes} games")
 
 

@@ -12,6 +12,7 @@ Shapes: B batch, T time, frames (B, T, 3, 64, 64) in [-1, 1] where the networks 
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,6 +45,13 @@ def to_pixels(frames: Tensor) -> Tensor:
 def quantise(x: Tensor) -> Tensor:
     """The 256 values that a frame can have, in [-1, 1]: what a denoised frame is rounded to."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+def in_chunks(network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """network(*inputs); on a CPU as many rows at a time as JEDI's encoder takes."""
+    chunk = jedi.CPU_CHUNK if inputs[0].device.type == "cpu" else len(inputs[0])
+    parts = zip(*(x.split(chunk) for x in inputs), strict=True)
+    return torch.cat([network(*part) for part in parts])
 
 
 class Downsample(nn.Module):
@@ -120,7 +128,7 @@ class PixelDenoiser(nn.Module):
         )
         self.conv_in = jedi.conv3x3((context_frames + 1) * CHANNELS, width)
         self.unet = UNet(width, cond_dim)
-        self.norm_out = nn.GroupNorm(jedi.group_norm_groups(width), width)
+        self.norm_out = jedi.group_norm(width)
         self.conv_out = jedi.zero_(jedi.conv3x3(width, CHANNELS))
 
     def forward(self, x: Tensor, c_noise: Tensor, context: Tensor, actions: Tensor) -> Tensor:
@@ -129,7 +137,7 @@ class PixelDenoiser(nn.Module):
         cond = self.cond(
             torch.cat([angle.cos(), angle.sin()], dim=1) + self.action_embedding(actions).flatten(1)
         )
-        return jedi.in_chunks(self.layers, torch.cat([context.flatten(1, 2), x], dim=1), cond)
+        return in_chunks(self.layers, torch.cat([context.flatten(1, 2), x], dim=1), cond)
 
     def layers(self, x: Tensor, cond: Tensor) -> Tensor:
         """The pictures stacked (N, 15, 64, 64) and the conditioning vectors -> (N, 3, 64, 64)."""
@@ -162,7 +170,7 @@ class PixelReward(nn.Module):
     def features(self, frames: Tensor, actions: Tensor) -> Tensor:
         """frames (B, T + 1, 3, 64, 64), actions (B, T) -> (B, T, features): all that needs no recurrence."""
         pairs = torch.cat([frames[:, :-1], frames[:, 1:]], dim=2).flatten(0, 1)
-        x = jedi.in_chunks(self.layers, pairs, self.action_embedding(actions.flatten()))
+        x = in_chunks(self.layers, pairs, self.action_embedding(actions.flatten()))
         return x.reshape(*actions.shape, -1)
 
     def layers(self, pairs: Tensor, cond: Tensor) -> Tensor:
@@ -204,7 +212,7 @@ class PixelActorCritic(nn.Module):
 
     def features(self, frames: Tensor) -> Tensor:
         """(B, T, 3, 64, 64) -> (B, T, 1024)."""
-        return jedi.in_chunks(self.layers, frames.flatten(0, 1)).reshape(*frames.shape[:2], -1)
+        return in_chunks(self.layers, frames.flatten(0, 1)).reshape(*frames.shape[:2], -1)
 
     def layers(self, frames: Tensor) -> Tensor:
         """(N, 3, 64, 64) -> (N, 64, 4, 4)."""
@@ -241,9 +249,9 @@ def denoise(
     agent: PixelAgent, x: Tensor, sigma: Tensor, context: Tensor, actions: Tensor, args: jedi.Args
 ) -> Tensor:
     """D_theta, quantised: x (B, 3, 64, 64) at noise levels sigma (B,) -> the clean frame expected there."""
-    c = jedi.precondition(sigma, args.sigma_data, args.sigma_offset)
-    output = agent.denoiser(c.c_in * x, c.c_noise, context / args.sigma_data, actions)
-    return quantise(c.c_skip * x + c.c_out * output)
+    c_in, c_out, c_skip, c_noise = jedi.precondition(sigma, args.sigma_data, args.sigma_offset)
+    output = agent.denoiser(c_in * x, c_noise, context / args.sigma_data, actions)
+    return quantise(c_skip * x + c_out * output)
 
 
 @torch.no_grad()
@@ -251,9 +259,7 @@ def sample_next_frame(
     agent: PixelAgent, context: Tensor, actions: Tensor, args: jedi.Args
 ) -> Tensor:
     """One imagined frame: context (B, N, 3, 64, 64) and actions (B, N) -> (B, 3, 64, 64), by Euler steps."""
-    sigmas = jedi.karras_sigmas(
-        args.sample_steps, args.sample_sigma_min, args.sample_sigma_max, args.sample_rho
-    )
+    sigmas = jedi.karras_sigmas(args.sample_steps, jedi.SIGMA_MIN, args.sample_sigma_max, jedi.RHO)
     x = torch.randn_like(context[:, -1])
     for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
         levels = torch.full((len(x),), sigma, device=x.device)
@@ -275,11 +281,11 @@ def diffusion_loss(
         target = frames[:, n + i]
         sigma = jedi.sample_sigma(len(target), args, target.device)
         noisy = jedi.add_noise(target, sigma, args.sigma_offset)
-        c = jedi.precondition(sigma, args.sigma_data, args.sigma_offset)
+        c_in, c_out, c_skip, c_noise = jedi.precondition(sigma, args.sigma_data, args.sigma_offset)
         past = torch.stack(context[-n:], dim=1) / args.sigma_data
-        output = agent.denoiser(c.c_in * noisy, c.c_noise, past, batch.actions[:, i : i + n])
-        losses.append((output - (target - c.c_skip * noisy) / c.c_out).square().mean((1, 2, 3)))
-        own = quantise(c.c_skip * noisy + c.c_out * output).detach()
+        output = agent.denoiser(c_in * noisy, c_noise, past, batch.actions[:, i : i + n])
+        losses.append((output - (target - c_skip * noisy) / c_out).square().mean((1, 2, 3)))
+        own = quantise(c_skip * noisy + c_out * output).detach()
         context.append(own * batch.mask[:, n + i, None, None, None])
     loss = jedi.masked_mean(torch.stack(losses, dim=1), batch.mask[:, n:])
     return loss, {"loss": loss.detach()}

@@ -5,7 +5,9 @@ python pool.py check SCRIPT ARGUMENTS...   are these arguments fit for the scrip
 python pool.py start COMMAND...            become that command, with no signal ignored, and say so on descriptor 8
 """
 
+import contextlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -65,12 +67,18 @@ def check(script: Path, argv: list[str]) -> int:
         return 2
     if not hasattr(module, "parse_args"):
         return 0  # a script of another kind judges for itself when it runs
+    box = io.StringIO()
     try:
-        module.check_args(module.parse_args(argv))
+        with contextlib.redirect_stderr(box):
+            module.check_args(module.parse_args(argv))
+        return 0
     except module.BadInput as error:
-        print(f"{script.name} refuses its arguments: {error}")
-        return 2
-    return 0
+        said = str(error)
+    except SystemExit:  # the arguments do not parse: tyro's box, whose first line is a title and whose last names --help
+        lines = [line.strip(" │╭╮╰╯─") for line in box.getvalue().splitlines()]
+        said = " ".join([line for line in lines if any(map(str.isalnum, line))][1:-1])
+    print(f"{script.name} refuses its arguments: {said}")
+    return 2
 
 
 def start(command: list[str]) -> int:

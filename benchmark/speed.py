@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import common
 import pixel_diffusion as pixel
 
 import jedi_atari as jedi
@@ -56,7 +57,8 @@ class Side(NamedTuple):
 
     name: str
     agent: torch.nn.Module
-    parts: dict[str, jedi.Part]
+    optimizers: dict[str, torch.optim.Optimizer]  # of each update
+    losses: dict[str, Callable]  # what stands in for the script's own
     sample: Callable  # () -> one next state at the batch size
     imagine: Callable  # (windows) -> trajectories
     counts: dict[str, int]  # parameters
@@ -113,13 +115,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def settings(options: argparse.Namespace) -> tuple[jedi.Args, torch.device, bool]:
     """The paper's numbers at the chosen batch size, the device, and whether to compute in bf16. Raises `BadInput`."""
-    device = jedi.choose_device(options.device)
-    args = jedi.Args(
-        env_id=options.env_id,
-        batch_size=options.batch_size,
-        compile=options.compile,
-        threads=options.threads,
-    )
+    names = ("env_id", "batch_size", "compile", "threads", "device", "precision")
+    args = jedi.Args(**{name: getattr(options, name) for name in names})
     if options.repeats is not None and options.repeats < 1:
         raise jedi.BadInput(f"--repeats is {options.repeats}; it must be at least 1")
     if sum(map(bool, (options.profile, options.growth, options.leave_one_out))) > 1:
@@ -128,10 +125,8 @@ def settings(options: argparse.Namespace) -> tuple[jedi.Args, torch.device, bool
         )
     if options.json and not options.json.resolve().parent.is_dir():
         raise jedi.BadInput(f"--json {options.json}: there is no folder {options.json.parent}")
-    jedi.check_args(args)
-    jedi.set_threads(args)
-    torch.set_float32_matmul_precision("high")
-    return args, device, jedi.choose_bf16(options.precision, device)
+    _, agent, bf16 = jedi.set_up(args)
+    return args, agent.norm.mean.device, bf16
 
 
 def repeats(options: argparse.Namespace, device: torch.device) -> int:
@@ -149,26 +144,43 @@ def make_replay(args: jedi.Args, device: torch.device) -> jedi.ReplayBuffer:
     for _ in range(RECORDS):
         action = int(rng.integers(env.action_space.n))
         after, reward, terminated, truncated, info = env.step(action)
-        end, stop = jedi.replay_end(terminated, truncated, info)
-        replay.add(frame, action, reward, end, after if stop else None)
+        replay.add(frame, action, reward, info["end"], after if info["stop"] else None)
         frame = env.reset()[0] if terminated or truncated else after
-    replay.flush()
     env.close()
     return replay
+
+
+def compile_method(network: torch.nn.Module, name: str) -> None:
+    """As training does it."""
+    setattr(network, name, torch.compile(getattr(network, name), dynamic=False))
+
+
+def compile_jedi(agent: jedi.Agent) -> None:
+    """What training compiles."""
+    compile_method(agent.encoder, "forward")
+    compile_method(agent.denoiser, "forward")
+    compile_method(agent.reward, "features")
+
+
+def make_optimizers(agent: torch.nn.Module, args: jedi.Args) -> dict:
+    """Those of the three updates; the pixel agent's networks have the names of JEDI's."""
+    return {part: jedi.make_optimizer(agent, part, args) for part in UPDATES}
 
 
 def make_jedi(args: jedi.Args, replay: jedi.ReplayBuffer, sample_batch: int) -> Side:
     agent = jedi.Agent(NUM_ACTIONS, args).to(replay.device)
     context, actions = context_of(args, replay, sample_batch)
     z = agent.encode(context).detach()
-    parts = jedi.make_parts(agent, args, replay.device)
+    if args.compile:
+        compile_jedi(agent)
     return Side(
         "jedi",
         agent,
-        parts,
+        make_optimizers(agent, args),
+        {},
         lambda: jedi.sample_next_latent(agent, z, actions, args),
         lambda windows: jedi.imagine(agent, windows, args),
-        jedi.parameter_counts(agent),
+        pixel.parameter_counts(agent),
     )
 
 
@@ -176,29 +188,15 @@ def make_pixel(args: jedi.Args, replay: jedi.ReplayBuffer, sample_batch: int) ->
     agent = pixel.PixelAgent(NUM_ACTIONS, args).to(replay.device)
     frames, actions = context_of(args, replay, sample_batch)
     x = pixel.to_pixels(frames)
-    losses = (pixel.diffusion_loss, pixel.reward_termination_loss, pixel.actor_critic_loss)
-    networks, decays = (
-        (agent.denoiser, agent.reward, agent.policy),
-        (args.weight_decay, args.weight_decay, 0.0),
-    )
-    methods = [(network, "layers") for network in networks]
-    compiled = jedi.Compiled(methods) if args.compile else contextlib.nullcontext()
-    # How each part draws its batch and clips its gradient is JEDI's.
-    eager = dataclasses.replace(args, compile=False)
-    like, parts = jedi.make_parts(jedi.Agent(NUM_ACTIONS, args), eager, replay.device), {}
-    for (name, part), loss, network, decay in zip(
-        like.items(), losses, networks, decays, strict=True
-    ):
-        parts[name] = part._replace(
-            loss=loss,
-            optimizer=jedi.make_optimizer(args, network, None, decay, replay.device),
-            parameters=list(network.parameters()),
-            compiled=compiled,
-        )
+    if args.compile:
+        for network in agent.children():
+            compile_method(network, "layers")
+    losses = ("diffusion_loss", "reward_termination_loss", "actor_critic_loss")
     return Side(
         "pixel",
         agent,
-        parts,
+        make_optimizers(agent, args),
+        {name: getattr(pixel, name) for name in losses},
         lambda: pixel.sample_next_frame(agent, x, actions, args),
         lambda windows: pixel.imagine(agent, windows, args),
         pixel.parameter_counts(agent),
@@ -231,11 +229,11 @@ def update_args(args: jedi.Args, quick: bool) -> jedi.Args:
 
 def seconds_of(call: Callable, device: torch.device, count: int) -> float:
     """Seconds of one of `count` calls."""
-    jedi.synchronize(device)
+    common.synchronize(device)
     begun = time.perf_counter()
     for _ in range(count):
         call()
-    jedi.synchronize(device)
+    common.synchronize(device)
     return (time.perf_counter() - begun) / count
 
 
@@ -262,20 +260,20 @@ def one_update(
     side: Side, name: str, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: bool
 ) -> Callable:
     """A call that draws a batch and makes one update of a part, as training does."""
-    part = side.parts[name]
-    return lambda: jedi.update(
-        side.agent, part, part.sample(replay), args.warmup_updates + 1, args, bf16
-    )
+    number, optimizer = args.warmup_updates + 1, side.optimizers[name]
+
+    def call():
+        with common.replaced(jedi, **side.losses):
+            return jedi.update(side.agent, name, optimizer, replay, number, args, bf16)
+
+    return call
 
 
-def as_in_training(call: Callable, side: Side, device: torch.device, bf16: bool) -> Callable:
-    """The call in the precision of an update, with what is compiled there."""
+def as_in_training(call: Callable, device: torch.device, bf16: bool) -> Callable:
+    """The call in the precision of an update."""
 
     def wrapped():
-        with (
-            side.parts["policy"].compiled,
-            torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-        ):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return call()
 
     return wrapped
@@ -285,10 +283,10 @@ def side_calls(
     side: Side, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: bool
 ) -> dict[str, Callable]:
     """What is timed of a side."""
-    start = side.parts["policy"].sample(replay)
+    start = replay.sample_frames(args.batch_size, args.context_frames, False)
     calls = {
-        "sample": as_in_training(side.sample, side, replay.device, bf16),
-        "imagine": as_in_training(lambda: side.imagine(start), side, replay.device, bf16),
+        "sample": as_in_training(side.sample, replay.device, bf16),
+        "imagine": as_in_training(lambda: side.imagine(start), replay.device, bf16),
     }
     return calls | {name: one_update(side, name, replay, args, bf16) for name in UPDATES}
 
@@ -317,7 +315,7 @@ def environment_rate(args: jedi.Args, device: torch.device) -> dict[str, float]:
         jedi.Agent(int(collector.env.action_space.n), args).to(device),
         jedi.ReplayBuffer(2_000, device),
     )
-    collect = seconds_of(lambda: collector.step(agent, replay, device), device, 200)
+    collect = seconds_of(lambda: collector.step(agent, replay), device, 200)
     env = jedi.make_env(args)
     env.reset(seed=0)
 
@@ -341,7 +339,7 @@ def memory_of(
     one_update(
         side, "diffusion", replay, args, bf16
     )()  # again: all optimisers have their state by now
-    return jedi.peak_memory(device)
+    return common.peak_memory(device)
 
 
 def memory_in_child(name: str, options: argparse.Namespace) -> int:
@@ -357,7 +355,7 @@ def memory_in_child(name: str, options: argparse.Namespace) -> int:
     command += ["--batch-size", str(options.batch_size)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise jedi.RunFailed(
+        raise ChildProcessError(
             f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}"
         )
     return int(done.stdout.split()[-1])
@@ -365,10 +363,11 @@ def memory_in_child(name: str, options: argparse.Namespace) -> int:
 
 def projected_hours(args: jedi.Args, timing: dict[str, Timing], collect_rate: float) -> float:
     """Hours of a full run: every update, and every step of play at the measured rate."""
-    work = jedi.make_plan(args, args.first_steps_min).work()
-    seconds = sum(work[name] * timing[name].median for name in UPDATES)
+    epochs = jedi.make_schedule(args, args.first_steps_min)
+    seconds = sum(timing[part].median for _, parts, _ in epochs for part in parts)
+    games = sum(evaluated for *_, evaluated in epochs) * args.eval_episodes + args.final_episodes
     # A game is taken as 1,000 steps; ten games at a time cost little more than one.
-    steps = work["collect"] + 1_000 * work["games"] / min(args.eval_envs, args.eval_episodes)
+    steps = args.total_steps + 1_000 * games / min(jedi.EVAL_ENVS, args.eval_episodes)
     return (seconds + steps / collect_rate) / 3600
 
 
@@ -433,9 +432,9 @@ def describe_run(args: jedi.Args, device: torch.device, bf16: bool, count: int) 
     """Where and how something was measured."""
     return {
         "command": " ".join(["python benchmark/speed.py", *sys.argv[1:]]),
-        "git_commit": jedi.git_commit(),
+        "git_commit": common.git_commit(),
         "device": describe(device),
-        "versions": jedi.versions(),
+        "versions": common.versions(),
         "precision": "bf16" if bf16 else "fp32",
         "compile": args.compile,
         "threads": torch.get_num_threads(),
@@ -474,7 +473,7 @@ def profile(options: argparse.Namespace, args: jedi.Args, device: torch.device, 
     for name in UPDATES:
         with torch.profiler.profile(activities=activities) as trace:
             one_update(side, name, replay, args, bf16)()
-            jedi.synchronize(device)
+            common.synchronize(device)
         trace.export_chrome_trace(str(options.profile / f"{name}.json"))
         operators[name] = operator_shares(trace, device)
     return {
@@ -525,13 +524,19 @@ def growth(options: argparse.Namespace, args: jedi.Args, device: torch.device, b
     """Time of drawing batches and of an update, with 5,000, 50,000 and 500,000 records in the replay."""
     args, calls = update_args(args, options.quick), {}
     agent = jedi.Agent(NUM_ACTIONS, args).to(device)
-    parts = jedi.make_parts(agent, args, device)
+    optimizer = jedi.make_optimizer(agent, "diffusion", args)
+    n, size = args.context_frames, args.batch_size
+    draws = {
+        "diffusion": lambda replay: replay.sample_frames(size, n + args.target_frames, True),
+        "reward": lambda replay: replay.sample_transitions(size, n + args.reward_window - 1),
+        "policy": lambda replay: replay.sample_frames(size, n, False),
+    }
     for records in GROWTH:
         replay = full_buffer(records, device)
-        for name, part in parts.items():
-            calls[f"{name} batch, {records:,} records"] = lambda p=part, r=replay: p.sample(r)
+        for name, draw in draws.items():
+            calls[f"{name} batch, {records:,} records"] = lambda d=draw, r=replay: d(r)
         calls[f"diffusion update, {records:,} records"] = lambda r=replay: jedi.update(
-            agent, parts["diffusion"], parts["diffusion"].sample(r), 0, args, bf16
+            agent, "diffusion", optimizer, r, 0, args, bf16
         )
     calls = {name: calls[name] for name in sorted(calls)}  # the sizes by turns
     timing = time_in_turns(calls, device, 3 * repeats(options, device))
@@ -562,73 +567,50 @@ def growth_table(result: dict) -> str:
     return markdown(rows)
 
 
-@contextlib.contextmanager
 def without_chunks():
     """The encoder works on all frames of a batch at once."""
-    kept, jedi.CPU_CHUNK = jedi.CPU_CHUNK, 1_000_000
-    try:
-        yield
-    finally:
-        jedi.CPU_CHUNK = kept
+    return common.replaced(jedi, CPU_CHUNK=1_000_000)
 
 
-@contextlib.contextmanager
 def without_fused_attention():
     """Attention by two matrix products and a softmax."""
-    kept = torch.nn.functional.scaled_dot_product_attention
 
     def attention(q, k, v):
         return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
 
-    torch.nn.functional.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = kept
+    return common.replaced(torch.nn.functional, scaled_dot_product_attention=attention)
 
 
 @contextlib.contextmanager
 def without_channels_last():
     """Convolutions on pictures whose channels lie apart."""
-    kept, layers = torch.channels_last, jedi.Encoder.layers
+    forward = jedi.Encoder.forward
 
     def apart(self, frames):
-        return layers(self, frames.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1))
+        return forward(self, frames.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1))
 
-    torch.channels_last, jedi.Encoder.layers = torch.contiguous_format, apart
-    try:
+    with (
+        common.replaced(torch, channels_last=torch.contiguous_format),
+        common.replaced(jedi.Encoder, forward=apart),
+    ):
         yield
-    finally:
-        torch.channels_last, jedi.Encoder.layers = kept, layers
 
 
-@contextlib.contextmanager
 def without_fused_optimizer():
     """AdamW parameter by parameter."""
-    kept = torch.optim.AdamW
-    torch.optim.AdamW = lambda groups, eps, fused: kept(groups, eps=eps, foreach=False)
-    try:
-        yield
-    finally:
-        torch.optim.AdamW = kept
+    adamw = torch.optim.AdamW
+    return common.replaced(torch.optim, AdamW=lambda groups, fused: adamw(groups, foreach=False))
 
 
-@contextlib.contextmanager
 def without_whole_sequences():
     """The reward/termination model sees imagined steps one after the other, as DIAMOND's does."""
-    kept = jedi.RewardTerminationModel.features
+    features = jedi.RewardTerminationModel.features
 
     def stepwise(self, z, actions):
-        steps = [
-            kept(self, z[:, t : t + 2], actions[:, t : t + 1]) for t in range(actions.shape[1])
-        ]
-        return torch.cat(steps, dim=1)
+        times = range(actions.shape[1])
+        return torch.cat([features(self, z[:, t : t + 2], actions[:, t : t + 1]) for t in times], 1)
 
-    jedi.RewardTerminationModel.features = stepwise
-    try:
-        yield
-    finally:
-        jedi.RewardTerminationModel.features = kept
+    return common.replaced(jedi.RewardTerminationModel, features=stepwise)
 
 
 WITHOUT = {
@@ -803,11 +785,11 @@ def main(argv: list[str] | None = None) -> int:
                 f"\ntraces for chrome://tracing or ui.perfetto.dev: {options.profile}/<update>.json"
             )
         if options.json:
-            jedi.write_json(options.json, result)
+            jedi.write_atomically(options.json, result)
     except jedi.BadInput as error:
         print(f"speed.py: error: {error}", file=sys.stderr)
         return 2
-    except (jedi.RunFailed, OSError) as error:
+    except OSError as error:
         print(f"speed.py: failed: {error}", file=sys.stderr)
         return 1
     return 0

@@ -33,6 +33,8 @@ from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import common
+
 import jedi_atari_stochastic as jedi
 
 STEPS, CHURNS, STARTS = (1, 3, 10), (0.0, 1.0), ("unit", "sigma_max")
@@ -43,60 +45,29 @@ CHANCE = {
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def sampler(start: str):
-    """`sample_next_latent` of the script, from a first noise of unit variance or of level sigma_max."""
-
-    def sample(agent, context, actions, args):
-        return jedi.sample_next_latent(
-            agent, context, actions, dataclasses.replace(args, sample_start=start)
-        )
-
-    return sample
-
-
-def play(args: jedi.Args, agent: jedi.Agent, seed: int, steps: int) -> jedi.ReplayBuffer:
-    """Random play: the untrained policy is uniform."""
-    collector = jedi.Collector(dataclasses.replace(args, seed=seed))
-    buffer = jedi.ReplayBuffer(2 * steps, DEVICE)
-    for _ in range(steps):
-        collector.step(agent, buffer, DEVICE)
-    collector.env.close()
-    buffer.flush()
-    return buffer
-
-
 def train_world_model(args: jedi.Args, updates: int, steps: int) -> tuple[jedi.Agent, float]:
     """Encoder and denoiser trained on `steps` steps of random play; returns the last 50 updates' mean loss too."""
-    jedi.seed_everything(args.seed)
+    torch.manual_seed(args.seed)
     env = jedi.make_env(args)
     agent = jedi.Agent(int(env.action_space.n), args).to(DEVICE)
     env.close()
-    buffer = play(args, agent, args.seed, steps)
-    part = jedi.make_parts(agent, args, DEVICE)["diffusion"]
-    meter = jedi.Meter()
+    replay = common.play(jedi, agent, args, args.seed, steps)  # the untrained policy is uniform
+    optimizer = jedi.make_optimizer(agent, "diffusion", args)
+    losses = []
     for number in range(updates):
-        metrics = jedi.update(agent, part, part.sample(buffer), number, args, False)
-        if number >= updates - 50:
-            meter.add(metrics)
-    return agent, meter.read()["loss"]
+        metrics = jedi.update(agent, "diffusion", optimizer, replay, number, args, False)
+        losses.append(metrics["loss"])
+    return agent, torch.stack(losses[-50:]).mean().item()
 
 
 @torch.no_grad()
-def skill(
-    agent: jedi.Agent, heldout: jedi.ReplayBuffer, args: jedi.Args, start: str
-) -> dict[str, float]:
+def skill(agent: jedi.Agent, heldout: jedi.ReplayBuffer, args: jedi.Args) -> dict[str, float]:
     """Error of latents imagined 1 and 5 steps ahead over that of "nothing changes"."""
     n = args.context_frames
     windows = heldout.all_windows(n + 5, stride=1, count=96)
     z = agent.encode(windows.frames)
-    original, jedi.sample_next_latent = jedi.sample_next_latent, sampler(start)
-    try:
-        imagined = jedi.open_loop(
-            agent, z[:, :n], windows.actions[:, : n - 1], windows.actions[:, n - 1 : -1], args
-        )
-    finally:
-        jedi.sample_next_latent = original
-    error = (imagined - z[:, n:]).square().mean((0, 2, 3, 4))
+    imagined = jedi.open_loop(agent, z, windows.actions, 5, args)
+    error = (imagined - z)[:, n:].square().mean((0, 2, 3, 4))
     copy = (z[:, n - 1 : n] - z[:, n:]).square().mean((0, 2, 3, 4))
     return {f"skill_{k}": (error[k - 1] / copy[k - 1]).item() for k in (1, 5)}
 
@@ -128,7 +99,7 @@ def situations(args: jedi.Args, seed: int, count: int, draws: int) -> list[Situa
         frames.append(frame)
         actions.append(action)
         since += 1
-        if terminated or truncated or info["life_loss"]:
+        if info["stop"]:
             if terminated or truncated:
                 frame = env.reset()[0]
             frames, actions = [frame], []
@@ -138,13 +109,14 @@ def situations(args: jedi.Args, seed: int, count: int, draws: int) -> list[Situa
 
 def outcomes(env: jedi.Game, action: int, draws: int, seed: int) -> np.ndarray:
     """(draws, 64, 64, 3) frames after `action` from the present state; the game stays as it was."""
-    emulator, wrapper = env.unwrapped.clone_state(include_rng=True), env.state()
+    emulator = env.unwrapped.clone_state(include_rng=True)
+    lives, steps, last_action = env.lives, env.steps, env.last_action
     generator, result = env.unwrapped.np_random, []
     for draw in range(draws):
         env.unwrapped.np_random = np.random.default_rng((seed, draw))
         result.append(env.step(action)[0])
         env.unwrapped.restore_state(emulator)
-        env.set_state(wrapper)
+        env.lives, env.steps, env.last_action = lives, steps, last_action
     env.unwrapped.np_random = generator
     return np.stack(result)
 
@@ -155,15 +127,16 @@ def deviation(z: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def spread(agent: jedi.Agent, moments: list[Situation], args: jedi.Args, start: str) -> dict:
+def spread(agent: jedi.Agent, moments: list[Situation], args: jedi.Args) -> dict:
     """The model's spread and the true one at each moment, and what sums them up."""
-    sample, model, true, change = sampler(start), [], [], []
+    model, true, change = [], [], []
     for moment in moments:
         z = agent.encode(moment.frames[None].to(DEVICE))
         after = agent.encode(moment.outcomes[None].to(DEVICE))[0]
         draws = len(after)
         actions = moment.actions[None].expand(draws, -1).to(DEVICE)
-        model.append(deviation(sample(agent, z.expand(draws, -1, -1, -1, -1), actions, args)))
+        z = z.expand(draws, -1, -1, -1, -1)
+        model.append(deviation(jedi.sample_next_latent(agent, z, actions, args)))
         true.append(deviation(after))
         change.append((after - z[:, -1]).square().mean().item())
     total_true = math.sqrt(np.mean(np.square(true)))
@@ -183,11 +156,11 @@ def measure(game: str, chance: str, options: argparse.Namespace) -> list[dict]:
     begun = time.monotonic()
     args = jedi.Args(**{**jedi.PRESETS["tiny"], "env_id": game, "compile": False, **CHANCE[chance]})
     agent, loss = train_world_model(args, options.updates, options.steps)
-    heldout = play(args, agent, 1_000 + args.seed, 1_000)
+    heldout = common.play(jedi, agent, args, 1_000 + args.seed, 1_000)
     moments = situations(args, 2_000 + args.seed, options.situations, options.draws)
     rows = []
     for steps, churn, start in itertools.product(STEPS, CHURNS, STARTS):
-        setting = dataclasses.replace(args, sample_steps=steps, s_churn=churn)
+        setting = dataclasses.replace(args, sample_steps=steps, s_churn=churn, sample_start=start)
         torch.manual_seed(0)
         row = {
             "game": game,
@@ -200,8 +173,8 @@ def measure(game: str, chance: str, options: argparse.Namespace) -> list[dict]:
         rows.append(
             {
                 **row,
-                **skill(agent, heldout, setting, start),
-                **spread(agent, moments, setting, start),
+                **skill(agent, heldout, setting),
+                **spread(agent, moments, setting),
             }
         )
     print(
@@ -316,10 +289,10 @@ def main() -> None:
     about = {
         "updates": options.updates,
         "steps": options.steps,
-        "commit": jedi.git_commit(),
-        "versions": jedi.versions(),
+        "commit": common.git_commit(),
+        "versions": common.versions(),
     }
-    jedi.write_json(options.out / "stochasticity.json", {**about, "rows": rows})
+    jedi.write_atomically(options.out / "stochasticity.json", {**about, "rows": rows})
     write_up(rows, options.out)
 
 

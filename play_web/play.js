@@ -57,8 +57,8 @@ const handlers = {
     introduce();
   },
   view(header, bytes) {
-    header.pixels = header.frame ? bytes.subarray(0, 12288) : null;
-    header.latents = new Int8Array(bytes.slice(header.frame ? 12288 : 0).buffer);
+    header.pixels = bytes.subarray(0, 12288);
+    header.latents = new Int8Array(bytes.slice(12288).buffer);
     remember(header);
     view = header;
     if (!stale) requestAnimationFrame(draw);
@@ -115,8 +115,7 @@ function introduce() {
   list.classList.toggle("many", about.actions.length > 9);
   $("sampling").max = about.most_sampling;
   $("moment").max = about.replay - 1;
-  $("replaysource").textContent = `of ${about.replay.toLocaleString("en")} ` +
-    (about.recorded ? "recorded in training" : "of random play, since the run kept none");
+  $("replaysource").textContent = `of ${about.replay.toLocaleString("en")} recorded in training`;
   const vertical = about.actions.some((name) => /UP|DOWN/.test(name));
   $("turned").hidden = vertical || !about.actions.some((name) => /RIGHT/.test(name));
   preview(0);
@@ -143,32 +142,31 @@ function remember(next) {
 
 function draw() {
   stale = false;
-  const dream = view.mode === "dream", bare = view.pixels === null;
+  const dream = view.mode === "dream";
   document.body.classList.toggle("dream", dream);
   $("badge").textContent = dream ? "DREAM" : "REAL GAME";
-  $("origin").textContent = origin(dream, bare);
+  $("origin").textContent = origin(dream);
   const latents = new Uint8ClampedArray(16 * 64 * 3);
   view.latents.forEach((value, i) => latents.set(shade(value), 3 * i));
-  const tile = (x, y, size) => { // where in `latents` the pixel x, y of 4 x 4 tiles of `size` pixels lies
-    const channel = 4 * Math.floor(y / size) + Math.floor(x / size), scale = size >> 3;
-    return 64 * channel + 8 * Math.floor((y % size) / scale) + Math.floor((x % size) / scale);
+  const tile = (x, y) => { // where in `latents` the pixel x, y of 4 x 4 tiles of 8 x 8 pixels lies
+    const channel = 4 * (y >> 3) + (x >> 3);
+    return 64 * channel + 8 * (y % 8) + (x % 8);
   };
   const at = (array, i) => [array[3 * i], array[3 * i + 1], array[3 * i + 2]];
-  paint($("screen"), (i) => (bare ? at(latents, tile(i % 64, i >> 6, 16)) : at(view.pixels, i)));
+  paint($("screen"), (i) => at(view.pixels, i));
   paint($("latents"), (i) => {
     const x = i % 35, y = Math.floor(i / 35);
     if (x % 9 === 8 || y % 9 === 8) return [120, 120, 120];
-    return at(latents, tile(x - Math.floor(x / 9), y - Math.floor(y / 9), 8));
+    return at(latents, tile(x - Math.floor(x / 9), y - Math.floor(y / 9)));
   });
   drawNumbers(dream);
   drawChart();
 }
 
-function origin(dream, bare) {
+function origin(dream) {
   if (!dream) return view.player === "agent" ? "the agent plays" : "you play";
   const from = view.start === null ? "the real game" : `recorded frame ${view.start.toLocaleString("en")}`;
-  const steps = `${view.step} step${view.step === 1 ? "" : "s"} after ${from}`;
-  return bare ? `${steps} · latents only: this run has no decoder` : steps;
+  return `${view.step} step${view.step === 1 ? "" : "s"} after ${from}`;
 }
 
 function drawNumbers(dream) {

@@ -4,6 +4,7 @@ import dataclasses
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,19 +18,16 @@ import jedi_atari as jedi  # noqa: E402
 MICRO = dict(
     preset="tiny",
     threads=1,
-    checkpoint_every=1,
     eval_every=2,
     eval_episodes=1,
     final_episodes=3,
-    eval_envs=2,
-    heldout_steps=60,
     max_episode_steps=40,
     total_steps=130,
     first_steps_min=70,
     first_steps_max=90,
-    first_diffusion_updates=3,
-    first_reward_updates=2,
-    first_policy_updates=1,
+    first_diffusion_updates=6,
+    first_reward_updates=4,
+    first_policy_updates=2,
     epoch_steps=20,
     diffusion_updates=2,
     reward_updates=1,
@@ -40,12 +38,17 @@ MICRO = dict(
     denoiser_width=16,
     cond_dim=32,
     reward_width=8,
-    reward_cond_dim=16,
     lstm_size=16,
     reward_window=3,
     horizon=3,
     warmup_updates=2,
 )
+
+
+def command_line(args: dict) -> list[str]:
+    """Arguments as words of the command line."""
+    words = ((f"--{name.replace('_', '-')}", str(value)) for name, value in args.items())
+    return [word for pair in words for word in pair]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -108,6 +111,16 @@ def has_bf16_lstm() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def own_update(agent, part: str, optimizer, batch, number: int, args: jedi.Args) -> dict:
+    """`jedi.update` on a batch of one's own."""
+    replay = SimpleNamespace(
+        device=torch.device("cpu"),
+        sample_frames=lambda *_: batch,
+        sample_transitions=lambda *_: batch,
+    )
+    return jedi.update(agent, part, optimizer, replay, number, args, False)
 
 
 def replace(args: jedi.Args, **changes) -> jedi.Args:

@@ -25,7 +25,6 @@ def random_play(args: jedi.Args, steps: int) -> jedi.ReplayBuffer:
         following, reward, over, _, _ = env.step(action)  # neither toy has a time limit
         replay.add(frame, action, reward, over, following if over else None)
         frame = env.reset()[0] if over else following
-    replay.flush()
     env.close()
     return replay
 
@@ -35,15 +34,15 @@ def train_world_model(
 ) -> tuple[jedi.Agent, jedi.ReplayBuffer]:
     """Encoder and denoiser, on random play. Over the second half of the updates the learning rate falls to zero: at a
     constant one the imagined probabilities swing from one hundred updates to the next."""
-    jedi.seed_everything(args.seed)
+    torch.manual_seed(args.seed)
     agent = jedi.Agent(3, args)
     replay = random_play(args, steps)
-    part = jedi.make_parts(agent, args, DEVICE)["diffusion"]
+    optimizer = jedi.make_optimizer(agent, "diffusion", args)
+    peaks = [group["peak"] for group in optimizer.param_groups]
     for number in range(updates):
-        if number > args.warmup_updates:
-            for group in part.optimizer.param_groups:
-                group["lr"].fill_(group["peak"] * min(1.0, 2 * (1 - number / updates)))
-        jedi.update(agent, part, part.sample(replay), number, args, False)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["peak"] = peak * min(1.0, 2 * (1 - number / updates))
+        jedi.update(agent, "diffusion", optimizer, replay, number, args, False)
     return agent, replay
 
 

@@ -1,101 +1,129 @@
 """Run jedi_atari.py in a process that sends itself a signal at a chosen moment.
 
-python kill_me.py PLACE:COUNT:SIGNAL ARGUMENTS...   the COUNT-th time that the program comes to PLACE
+python kill_me.py PLACE:COUNT:SIGNAL ARGUMENTS...   the COUNT-th time that the program comes to PLACE:
 
-The program itself is not changed: functions of it are wrapped so that their calls can be counted.
+step                        of the environment: in the first play, an epoch, evaluation and when it is played again
+diffusion, reward, policy   an update
+evaluate                    an action in evaluation
+half                        the middle of a file that is written atomically
+copied                      checkpoint.prev.pt is there, checkpoint.pt not yet replaced
+replaced                    checkpoint.pt is new, nothing has happened since
+log                         metrics.jsonl is open, TensorBoard's old files are gone, the new one is not there yet
+logged                      a row is written: a new one, or when carried on one of the checkpoint's
+never
+
+The program itself is not changed: functions of it are wrapped so that their calls can be counted. Each epoch ends with
+a checkpoint.
 """
 
+import builtins
+import importlib
 import os
-import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import jedi_atari as jedi
 
-PLACES = (
-    "collect",
-    "diffusion",
-    "reward",
-    "policy",
-    "evaluation",
-    "checkpoint",
-    "half",
-    "replace",
-    "link",
-    "never",
-)
+def arm(script, place: str, count: int, number: int) -> None:
+    """Let the process be struck at the `count`-th visit of a place, see above."""
+    left = [count]
 
-
-LOSSES = {
-    "diffusion": "diffusion_loss",
-    "reward": "reward_termination_loss",
-    "policy": "actor_critic_loss",
-}
-
-
-def main() -> int:
-    place, count, number = sys.argv[1].split(":")
-    left = [int(count)]
-
-    def arrived() -> bool:
+    def visit(*_) -> None:
         left[0] -= 1
-        return left[0] == 0
+        if left[0] == 0:
+            os.kill(os.getpid(), number)
 
-    def wrap(owner, name: str, condition=lambda: True) -> None:
-        original = getattr(owner, name)
-
-        def wrapper(*args, **kwargs):
-            if condition() and arrived():
-                os.kill(os.getpid(), int(number))
-            return original(*args, **kwargs)
-
-        setattr(owner, name, wrapper)
-
-    # The costs are printed only; measuring them would call what is counted.
-    jedi.measure_costs = lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01)
-    if place == "collect":
-        wrap(jedi.Collector, "step")
-    elif place in LOSSES:
-        wrap(jedi, LOSSES[place])
-    elif place == "evaluation":
-        wrap(jedi, "act", note_whether_inside("evaluate"))
-    elif place == "checkpoint":
-        wrap(jedi, "save_checkpoint")
+    if place in script.PARTS:
+        wrap(script, "update", lambda agent, part, *_: visit() if part == place else None)
+    elif place == "evaluate":
+        inside = []
+        wrap(script, "evaluate", lambda *_: inside.append(1), lambda *_: inside.pop())
+        wrap(script, "act", lambda *_: visit() if inside else None)
     elif place == "half":
-        write_half(arrived)
-    elif place in ("replace", "link"):
-        wrap(os, place)
-    return jedi.main(sys.argv[2:])
+        write_halves(script, visit)
+    elif place == "step":
+        wrap(script.Game, "step", visit)
+    elif place == "log":
+        wrap(importlib.import_module("torch.utils.tensorboard"), "SummaryWriter", visit)
+    elif place == "copied":
+        kept = "checkpoint.prev.pt"
+        wrap(script, "write_atomically", after=lambda p, _: visit() if p.name == kept else None)
+    elif place == "replaced":
+        wrap(script, "save_checkpoint", after=visit)
+    elif place == "logged":
+        wrap(script.Log, "write", after=visit)
+    else:
+        assert place == "never"
 
 
-def note_whether_inside(name: str):
-    """A function that says whether a function of the script is being called."""
-    inside, original = [False], getattr(jedi, name)
+def wrap(owner, name: str, before=None, after=None) -> None:
+    """Call something before or after each call of a function."""
+    original = getattr(owner, name)
 
-    def entered(*args, **kwargs):
-        inside[0] = True
+    def wrapper(*args, **kwargs):
+        if before:
+            before(*args)
         result = original(*args, **kwargs)
-        inside[0] = False
+        if after:
+            after(*args)
         return result
 
-    setattr(jedi, name, entered)
-    return lambda: inside[0]
+    setattr(owner, name, wrapper)
 
 
-def write_half(arrived) -> None:
-    """Let a file that is written atomically be killed in the middle of it."""
-    write = jedi.write_atomically
+def write_halves(script, visit) -> None:
+    """Files named *.tmp are written in two halves, with a visit between them."""
 
-    def half(path, content):
-        if arrived():
-            path.with_name(path.name + ".tmp").write_bytes(content[: len(content) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(path, content)
+    def open_(path, mode="r", *rest):
+        file = builtins.open(path, mode, *rest)
+        if str(path).endswith(".tmp"):
+            write = file.write
 
-    jedi.write_atomically = half
+            def in_halves(content):
+                write(content[: len(content) // 2])
+                file.flush()
+                visit()
+                write(content[len(content) // 2 :])
+
+            file = Wrapped(file, in_halves)
+        return file
+
+    script.open = open_
+
+
+class Wrapped:
+    """A file with another `write`."""
+
+    def __init__(self, file, write):
+        self.file, self.write = file, write
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+
+def main(when: str, argv: list[str], script_name: str = "jedi_atari", seconds: float = 0) -> int:
+    """Run a script that writes a checkpoint at the end of an epoch if `seconds` have passed."""
+    script = importlib.import_module(script_name)
+    script.CHECKPOINT_SECONDS = seconds
+    place, count, number = when.split(":")
+    arm(script, place, int(count), int(number))
+    return script.main(argv)
+
+
+def child(out: str, err: str, *given) -> None:
+    """`main` in a process that was forked ready, with its output in files."""
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = builtins.open(1, "w"), builtins.open(2, "w", buffering=1)
+    sys.exit(main(*given))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -21,13 +21,9 @@ import jedi_atari as jedi  # noqa: E402
 CATCH = dict(
     env_id="toys:Catch-v0",
     preset="tiny",
-    checkpoint_every=100,
     eval_every=100,
     eval_episodes=20,
     final_episodes=100,
-    eval_envs=20,
-    heldout_steps=200,
-    decoder=False,  # nobody looks
     max_episode_steps=100,
     total_steps=3_300,
     # 600 random games, which cost seconds: 25 last positions times 3 actions, each met some eight times. With 200 games
@@ -48,7 +44,6 @@ CATCH = dict(
     denoiser_width=16,
     cond_dim=64,
     reward_width=8,
-    reward_cond_dim=32,
     lstm_size=128,
     latent_norm="center",
     sigma_offset=0.1,
@@ -56,7 +51,7 @@ CATCH = dict(
     learning_rate=1e-3,
     encoder_lr_scale=0.03,
     warmup_updates=20,
-    reward_window=2,
+    reward_window=3,
     horizon=5,
     sample_steps=2,
     entropy_weight=0.01,
@@ -99,7 +94,7 @@ def table(folder: Path) -> str:
         cells = [
             str(row["seed"]),
             f"{row['mean_return']:.2f}",
-            jedi.clock(row["seconds"]),
+            f"{int(row['seconds']) // 60}:{int(row['seconds']) % 60:02d}",
             str(row["threads"]),
             ", ".join(f"{m[f'reward_prob_{k}']:.2f}" for k in (0, 1, 3)),
             f"{ratio[0]:.3f}, {ratio[2]:.3f}",
@@ -127,7 +122,7 @@ def main() -> None:
         found = learn_catch(args.seed, Path(folder) / "run", threads=args.threads)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        jedi.write_json(args.out / f"seed{args.seed}.json", found)
+        jedi.write_atomically(args.out / f"seed{args.seed}.json", found)
     print(json.dumps(found))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_agent, random_windows, replace
+from conftest import own_update, random_agent, random_windows, replace
 
 import jedi_atari as jedi
 
@@ -59,7 +59,7 @@ def test_lambda_returns_by_hand():
 def without_chance(monkeypatch):
     """No randomness: the likeliest action, reward and end, and no noise in the sampler."""
     monkeypatch.setattr(jedi, "sample_categorical", lambda logits: logits.argmax(-1))
-    monkeypatch.setattr(jedi.torch, "randn_like", torch.ones_like)
+    monkeypatch.setattr(jedi.torch, "randn", lambda *shape, **_: torch.ones(*shape))
 
 
 def dream_alone(agent, start, row, args):
@@ -84,7 +84,7 @@ def dream_alone(agent, start, row, args):
         )
         pair = agent.reward.features(torch.stack(frames[-2:])[None], taken[:, -1:])
         hidden, reward_state = agent.reward.lstm(pair, reward_state)
-        reward_logits, end_logits = agent.reward.predict(hidden)
+        reward_logits, end_logits = agent.reward.head(hidden).split([3, 2], dim=-1)
         rewards.append(float(reward_logits.argmax() - 1))
         ends.append(bool(end_logits.argmax()))
         if ends[-1]:
@@ -167,9 +167,9 @@ def test_policy_gradient_by_hand(agent, micro, monkeypatch):
 def test_entropy_bonus_flattens_the_policy(agent, micro):
     start = random_windows(micro, micro.context_frames, batch=8)
     args = replace(micro, entropy_weight=100.0, learning_rate=3e-3, warmup_updates=1)
-    part = jedi.make_parts(agent, args, torch.device("cpu"))["policy"]
+    optimizer = jedi.make_optimizer(agent, "policy", args)
     entropies = [
-        jedi.update(agent, part, start, i, args, False)["entropy"].item() for i in range(30)
+        own_update(agent, "policy", optimizer, start, i, args)["entropy"].item() for i in range(30)
     ]
     assert entropies[-1] > entropies[0]
 

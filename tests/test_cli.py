@@ -1,11 +1,12 @@
-"""The command line: help, dry run, and what is refused in one line before anything is written."""
+"""The command line: help, dry run, and what is refused before anything is written."""
 
 import dataclasses
-import json
+import importlib.util
+import re
 
 import pytest
 import torch
-from conftest import MICRO
+from conftest import MICRO, command_line
 
 import jedi_atari as jedi
 
@@ -24,67 +25,81 @@ def run(argv: list[str], capsys) -> tuple[int, str, str]:
     return status, out, err
 
 
+def refused(argv: list[str], capsys) -> str:
+    """The text with which a command line is refused: one line of ours or tyro's box, with status 2."""
+    try:
+        status, (out, err) = jedi.main(argv), capsys.readouterr()
+        assert err.count("\n") == 1 and err.startswith("jedi_atari.py: error: "), err
+    except SystemExit as stop:
+        status, (out, err) = stop.code, capsys.readouterr()
+        err = re.sub(r"[\s\u2500-\u257f]+", " ", err)  # a message in it may be broken over lines
+    assert status == 2 and out == ""
+    return err
+
+
 def test_help_names_every_argument_with_its_default(capsys):
     with pytest.raises(SystemExit) as stop:
         jedi.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code in (0, None)
     for field in dataclasses.fields(jedi.Args):
-        assert (
-            jedi.flag(field.name) in text or jedi.flag(field.name).replace("--", "--no-", 1) in text
-        )
+        name = field.name.replace("_", "-")
+        assert f"--{name}" in text or f"--no-{name}" in text
     assert text.count("(default:") >= len(dataclasses.fields(jedi.Args))
 
 
-def test_help_shows_the_presets_numbers(capsys):
-    with pytest.raises(SystemExit):
-        jedi.main(["--preset", "tiny", "--help"])
+@pytest.mark.parametrize(
+    "argv", ["--preset tiny --help", "--help --preset tiny", "--preset=tiny -h"]
+)
+def test_help_shows_the_presets_numbers(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        jedi.main(argv.split())
+    assert stop.value.code in (0, None)
     text = " ".join(capsys.readouterr().out.split())
-    assert f"(default: {jedi.PRESETS['tiny']['denoiser_width']})" in text
+    for name in ("denoiser_width", "total_steps", "learning_rate", "horizon"):
+        shown = re.search(rf"--{name.replace('_', '-')} .*?\(default: (\S+)\)", text)[1]
+        assert float(shown) == jedi.PRESETS["tiny"][name], name
+
+
+def test_presets_are_defaults_that_a_flag_overrides():
+    args = jedi.parse_args(["--gamma", "0.5", "--preset", "tiny", "--horizon", "4"])
+    expected = jedi.PRESETS["tiny"] | dict(preset="tiny", gamma=0.5, horizon=4)
+    assert args == jedi.Args(**expected)
+    assert jedi.parse_args([]) == jedi.Args()
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(capsys, empty_folder):
-    flags = [x for name, value in MICRO.items() for x in (jedi.flag(name), str(value))]
-    status, out, err = run(["--dry-run", *flags], capsys)
+    status, out, err = run(["--dry-run", *command_line(MICRO)], capsys)
     assert status == 0 and err == "" and not list(empty_folder.iterdir())
-    for word in (
-        "parameters",
-        "encoder",
-        "total",
-        "epochs",
-        "env steps",
-        "diffusion updates",
-        "replay",
-        "whole run",
-    ):
+    for word in ("Pong", "parameters", "encoder", "epochs", "updates", "replay"):
         assert word in out
-    plan = jedi.make_plan(jedi.Args(**MICRO), MICRO["first_steps_min"])
-    assert (
-        f"{plan.diffusion:,} x" in out
-        and f"{130 * jedi.ReplayBuffer.RECORD.itemsize:,} bytes" in out
-    )
+    schedule = jedi.make_schedule(jedi.Args(**MICRO), MICRO["first_steps_min"])
+    for part in jedi.PARTS:
+        assert f"{part} {sum(parts.count(part) for _, parts, _ in schedule):,}" in out
+    assert f"{130 * 64 * 64 * 3:,} bytes" in out and f"{len(schedule)}, of 130 env" in out
 
 
+# What is refused, and what the message must say.
 BAD = [
     # games
-    ("--env-id Pnog", "did you mean Pong"),
-    ("--env-id pong", "did you mean Pong"),
-    ("--env-id ", "unknown game"),
-    ("--env-id Pong/../../etc", "unknown game"),
-    ("--env-id ALE/Nothing-v5", "unknown game"),
+    ("--env-id Pnog", "'Pnog'"),
+    ("--env-id pong", "'pong'"),
+    ("--env-id ", "--env-id ''"),
+    ("--env-id Pong/../../etc", "'Pong/../../etc'"),
+    ("--env-id ALE/Nothing-v5", "'ALE/Nothing-v5'"),
+    ("--env-id no_module:Game-v0", "no_module"),
+    ("--env-id toys:Game-v0", "'toys:Game-v0'"),
+    ("--env-id Pong\x00", "--env-id 'Pong"),
     (
-        "--env-id no_module:Game-v0",
-        "module 'no_module' cannot be imported (ModuleNotFoundError: No module named",
+        "--env-id P\N{LATIN SMALL LETTER O WITH DIAERESIS}ng",
+        "--env-id 'P\N{LATIN SMALL LETTER O WITH DIAERESIS}ng'",
     ),
-    ("--env-id toys:Game-v0", "unknown game"),
-    ("--env-id Pong\x00", "unknown game"),
-    ("--env-id P\N{LATIN SMALL LETTER O WITH DIAERESIS}ng", "did you mean Pong"),
     ("--env-id CartPole-v1", "RGB frames"),
     ("--env-id Pendulum-v1", "RGB frames"),
     # what cannot be read
-    ("--preset huge", "paper, tiny"),
-    ("--preset", "expected one argument"),
-    ("--preset TINY", "paper, tiny"),
+    ("--preset huge", "--preset"),
+    ("--preset", "--preset"),
+    ("--preset TINY", "--preset"),
     ("--no-such-flag 3", "--no-such-flag"),
     ("stray", "stray"),
     ("--seed", "--seed"),
@@ -97,52 +112,50 @@ BAD = [
     ("--batch-size \N{DIGIT ONE}\N{SUPERSCRIPT TWO}", "--batch-size"),
     ("--learning-rate fast", "--learning-rate"),
     ("--compile maybe", "maybe"),
-    ("--keep-replay 7", "7"),
+    ("--track 7", "7"),
     # out of range
     ("--seed -1", "--seed is -1"),
-    ("--seed 99999999999", "at most 2,147,483,647"),
+    ("--seed 99999999999", "--seed is 99999999999; it must be from 0 to 2147483647"),
     ("--batch-size 0", "--batch-size is 0"),
     ("--batch-size -4", "--batch-size is -4"),
-    ("--batch-size 1000000", "at most 4,096"),
-    ("--learning-rate nan", "above 0 and at most 1"),
-    ("--learning-rate inf", "above 0 and at most 1"),
-    ("--learning-rate 0", "above 0"),
-    ("--learning-rate -0.1", "above 0"),
-    ("--gamma 1.5", "at least 0 and at most 1"),
-    ("--td-lambda -0.1", "at least 0 and at most 1"),
-    ("--epsilon 2", "at least 0 and at most 1"),
-    ("--weight-decay nan", "--weight-decay is nan"),
-    ("--noise-mean -inf", "--noise-mean"),
+    ("--batch-size 1000000", "--batch-size is 1000000; it must be from 1 to 4096"),
+    ("--learning-rate nan", "--learning-rate is nan"),
+    ("--learning-rate inf", "--learning-rate is inf"),
+    ("--learning-rate 0", "--learning-rate is 0"),
+    ("--learning-rate -0.1", "--learning-rate is -0.1"),
+    ("--gamma 1.5", "--gamma is 1.5; it must be from 0 to 1"),
+    ("--td-lambda -0.1", "--td-lambda is -0.1"),
+    ("--epsilon 2", "--epsilon is 2"),
+    ("--entropy-weight nan", "--entropy-weight is nan"),
+    ("--noise-mean -inf", "--noise-mean is -inf"),
     ("--horizon 0", "--horizon is 0"),
-    ("--horizon 99999", "at most 1,000"),
+    ("--horizon 99999", "--horizon is 99999; it must be from 1 to 1000"),
     ("--sample-steps 0", "--sample-steps is 0"),
     ("--s-churn -1", "--s-churn is -1"),
     ("--context-frames 0", "--context-frames is 0"),
     ("--target-frames 0", "--target-frames is 0"),
     ("--frame-skip 0", "--frame-skip is 0"),
-    ("--noop-max -1", "--noop-max is -1"),
     ("--eval-episodes 0", "--eval-episodes is 0"),
     ("--final-episodes 0", "--final-episodes is 0"),
-    ("--eval-envs 0", "--eval-envs is 0"),
-    ("--checkpoint-every 0", "--checkpoint-every is 0"),
+    ("--eval-every 0", "--eval-every is 0"),
     ("--temperature 0", "--temperature is 0"),
     ("--threads -1", "--threads is -1"),
-    ("--first-steps-min 1", "at least 2"),
+    ("--first-steps-min 1", "--first-steps-min is 1"),
     ("--total-steps 1000000000000", "--total-steps is 1000000000000"),
-    ("--total-steps 900000000", "GiB for the replay"),
     ("--lstm-size 1000000", "--lstm-size is 1000000"),
     ("--denoiser-width 0", "--denoiser-width is 0"),
     # contradictions
-    ("--noise-min 30", "--noise-max"),
-    ("--sample-sigma-min 9", "--sample-sigma-max"),
+    ("--sample-sigma-max 0.001", "--sample-sigma-max is 0.001"),
     ("--first-steps-min 20000", "--first-steps-max"),
     ("--total-steps 100", "--total-steps"),
-    ("--denoiser-width 100", "multiple of 3"),
-    ("--denoiser-width 17", "multiple of its 2 heads"),
+    ("--denoiser-width 100", "--denoiser-width is 100; it must be a multiple"),
+    ("--denoiser-width 17", "--denoiser-width is 17; it must be a multiple"),
     ("--cond-dim 33", "--cond-dim"),
     ("--resume", "--run-dir"),
     ("--resume --dry-run --run-dir x", "do not go together"),
-    ("--eval-only x --dry-run", "do not go together"),
+    ("--eval-only x --dry-run", "x holds no args.json"),
+    ("--eval-only RUN --dry-run", "do not go together"),
+    ("--eval-only RUN --resume --run-dir RUN", "do not go together"),
     # devices
     ("--device gpu", "auto, cpu, cuda"),
     ("--device cuda:99", "CUDA devices"),
@@ -150,59 +163,64 @@ BAD = [
     ("--precision fp16", "--precision"),
     ("--latent-norm batch", "--latent-norm"),
     # folders
-    ("--resume --run-dir nowhere", "no checkpoint.pt"),
-    ("--eval-only nowhere", "no readable args.json"),
-    ("--eval-only /proc/self/mem", "no readable args.json"),
+    ("--eval-only nowhere", "nowhere holds no args.json"),
+    ("--eval-only /proc/self/mem", "holds no args.json"),
+    ("--eval-only RUN --final-episodes 1", "checkpoint.pt is missing"),
     ("--run-dir /proc/nothing/run", "cannot write"),
     ("--run-dir /dev/null/run", "cannot write"),
     ("--run-dir " + "x" * 300, "cannot write"),
+    ("--resume --run-dir /proc/nothing/run", "cannot write"),
 ]
 
 
 def test_every_number_has_a_range():
-    ranged = [name for _, _, names in jedi.RANGES for name in names.split()]
     numbers = [
         f.name for f in dataclasses.fields(jedi.Args) if f.type in ("int", "float", int, float)
     ]
+    ranged = [f.name for f in dataclasses.fields(jedi.Args) if "range" in f.metadata]
     assert sorted(ranged) == sorted(numbers) and len(BAD) >= 60
+    for field in dataclasses.fields(jedi.Args):
+        if low_high := field.metadata.get("range"):
+            assert low_high[0] <= field.default <= low_high[1], field.name
 
 
 @pytest.mark.parametrize(("argv", "says"), BAD)
-def test_bad_input_is_one_line_and_leaves_nothing_behind(argv, says, capsys, empty_folder):
-    status, out, err = run(["--preset", "tiny", *argv.split(" ")], capsys)
-    assert status == 2 and out == "", err
-    assert err.count("\n") == 1 and err.startswith("jedi_atari.py: error: ") and says in err
+def test_bad_input_is_refused_and_leaves_nothing_behind(argv, says, capsys, empty_folder, tmp_path):
+    if "RUN" in argv:
+        (tmp_path / "run").mkdir()
+        jedi.write_atomically(tmp_path / "run" / "args.json", vars(jedi.Args(**MICRO)))
+        argv = argv.replace("RUN", str(tmp_path / "run"))
+    assert says in refused(["--preset", "tiny", *argv.split(" ")], capsys)
     assert not list(empty_folder.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_without_cuda(capsys, empty_folder):
-    status, _, err = run(["--device", "cuda"], capsys)
-    assert (
-        status == 2
-        and "--device cuda" in err
-        and err.count("\n") == 1
-        and not list(empty_folder.iterdir())
-    )
+    assert "--device cuda" in refused(["--device", "cuda"], capsys)
+    assert not list(empty_folder.iterdir())
 
 
 def test_bf16_where_it_is_not_supported(capsys, monkeypatch, empty_folder):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
-    status, _, err = run(["--device", "cpu", "--precision", "bf16"], capsys)
-    assert (
-        status == 2
-        and "--precision fp32" in err
-        and err.count("\n") == 1
-        and not list(empty_folder.iterdir())
-    )
-    assert jedi.choose_bf16("auto", torch.device("cpu")) is False
+    err = refused(["--device", "cpu", "--precision", "bf16"], capsys)
+    assert "--precision bf16" in err and not list(empty_folder.iterdir())
+    *_, bf16 = jedi.set_up(jedi.Args(**MICRO | dict(device="cpu")))
+    assert bf16 is False
+
+
+def test_tracking_without_wandb(capsys, monkeypatch, empty_folder):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: n != "wandb" and find(n, *a))
+    err = refused(["--preset", "tiny", "--track"], capsys)
+    assert "--track" in err and "pip install wandb" in err and not list(empty_folder.iterdir())
 
 
 def make_run(folder, **changes):
+    """What a run leaves in its folder, without the run."""
+    args = jedi.Args(**MICRO | dict(run_dir=str(folder)) | changes)
     folder.mkdir()
-    args = jedi.Args(**{**MICRO, **changes})
-    jedi.write_json(folder / "args.json", dataclasses.asdict(args))
+    jedi.write_atomically(folder / "args.json", vars(args))
     jedi.save_checkpoint(folder, {"script": "jedi_atari", "epoch": 1})
     return folder
 
@@ -210,38 +228,55 @@ def make_run(folder, **changes):
 def test_a_folder_with_a_run_is_not_overwritten(capsys, empty_folder):
     folder = make_run(empty_folder / "old")
     before = {p: p.read_bytes() for p in folder.iterdir()}
-    status, _, err = run(["--preset", "tiny", "--run-dir", str(folder)], capsys)
-    assert (
-        status == 2
-        and "--resume" in err
-        and {p: p.read_bytes() for p in folder.iterdir()} == before
-    )
+    assert "--resume" in refused(["--preset", "tiny", "--run-dir", str(folder)], capsys)
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_resume_with_other_arguments_names_them(capsys, empty_folder):
-    folder = make_run(empty_folder / "old", seed=3)
-    status, _, err = run(
-        ["--resume", "--run-dir", str(folder), "--seed", "4", "--gamma", "0.5"], capsys
-    )
-    assert (
-        status == 2
-        and "--seed (was 3, now 4)" in err
-        and "--gamma" in err
-        and "--horizon" not in err
-    )
+@pytest.mark.parametrize("flag", ["--run-dir", "--run_dir"])
+def test_resume_with_another_argument_names_it(flag, capsys, empty_folder):
+    folder = make_run(empty_folder / "old")
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    err = refused(["--resume", flag, str(folder), "--gamma", "0.5"], capsys)
+    assert "gamma 0.985" in err and "horizon" not in err
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
 
 def test_resume_of_a_finished_run_leaves_its_result(capsys, empty_folder):
     folder = make_run(empty_folder / "old")
     (folder / "result.json").write_text("{}")
-    status, _, err = run(["--resume", "--run-dir", str(folder)], capsys)
-    assert status == 2 and "is finished" in err and (folder / "result.json").read_text() == "{}"
+    assert "is finished" in refused(["--resume", "--run-dir", str(folder)], capsys)
+    assert (folder / "result.json").read_text() == "{}"
 
 
-def test_resume_takes_the_runs_own_arguments(empty_folder):
-    folder = make_run(empty_folder / "old", seed=3)
-    args = jedi.parse_args(["--resume", "--run-dir", str(folder)])
-    assert args.seed == 3 and args.horizon == MICRO["horizon"] and args.resume
+@pytest.mark.parametrize("flag", ["--run-dir", "--run_dir"])
+def test_resume_takes_the_runs_own_arguments(flag, empty_folder):
+    folder = make_run(empty_folder / "old", seed=3, gamma=0.5)
+    args = jedi.parse_args(["--resume", flag, str(folder)])
+    assert args == jedi.Args(**MICRO, seed=3, gamma=0.5, run_dir=str(folder), resume=True)
+    args = jedi.parse_args([f"{flag}={folder}", "--resume", "--device", "cpu"])
+    assert args.seed == 3 and args.device == "cpu"
+
+
+def test_evaluation_takes_the_runs_own_arguments(empty_folder):
+    folder = make_run(empty_folder / "old", seed=3, gamma=0.5)
+    args = jedi.parse_args(["--eval-only", str(folder), "--final-episodes", "7"])
+    changes = MICRO | dict(seed=3, gamma=0.5, final_episodes=7, eval_only=str(folder))
+    assert args == jedi.Args(**changes)
+
+
+def test_resume_where_nothing_is_takes_the_given_arguments(empty_folder):
+    args = jedi.parse_args(["--resume", "--run-dir", "nowhere", "--preset", "tiny"])
+    tiny = jedi.PRESETS["tiny"]
+    assert args == jedi.Args(preset="tiny", run_dir="nowhere", resume=True, **tiny)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_resume_begins_in_a_folder_that_is_missing_or_empty(exists, micro, empty_folder):
+    if exists:
+        (empty_folder / "r").mkdir()
+    args = dataclasses.replace(micro, run_dir="r", resume=True)
+    with jedi.open_run_dir(args) as run_dir:
+        assert [p.name for p in run_dir.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04" + bytes(100)])
@@ -249,10 +284,9 @@ def test_a_broken_checkpoint_is_named(capsys, empty_folder, content):
     folder = make_run(empty_folder / "old")
     (folder / "checkpoint.prev.pt").write_bytes((folder / "checkpoint.pt").read_bytes())
     (folder / "checkpoint.pt").write_bytes(content)
-    with pytest.raises(
-        jedi.BadInput, match=r"checkpoint\.pt was cut short.*mv .*checkpoint\.prev\.pt"
-    ):
-        jedi.load_checkpoint(folder, torch.device("cpu"))
+    for argv in (["--resume", "--run-dir", str(folder)], ["--eval-only", str(folder)]):
+        err = refused(argv, capsys)
+        assert re.search(r"checkpoint\.pt is .*cut short.*mv \S*checkpoint\.prev\.pt", err), err
 
 
 class Code:
@@ -262,24 +296,32 @@ class Code:
         return (open, ("executed", "w"))
 
 
-def test_a_checkpoint_with_code_in_it_is_refused(empty_folder):
+def test_a_checkpoint_with_code_in_it_is_refused(capsys, empty_folder):
     folder = make_run(empty_folder / "old")
-    jedi.save_checkpoint(folder, {"epoch": Code()})
-    with pytest.raises(jedi.BadInput, match="more than plain data"):
-        jedi.load_checkpoint(folder, torch.device("cpu"))
+    jedi.save_checkpoint(folder, {"script": "jedi_atari", "epoch": Code()})
+    assert "no data" in refused(["--resume", "--run-dir", str(folder)], capsys)
     assert not (empty_folder / "executed").exists()
 
 
-def test_an_args_file_of_another_version(empty_folder):
+def test_a_checkpoint_of_the_other_script_is_refused(capsys, empty_folder):
     folder = make_run(empty_folder / "old")
-    (folder / "args.json").write_text(json.dumps({"learning_rates": 3}))
-    with pytest.raises(jedi.BadInput, match="another version"):
-        jedi.load_args(folder)
+    jedi.save_checkpoint(folder, {"script": "jedi_atari_stochastic", "epoch": 1})
+    err = refused(["--resume", "--run-dir", str(folder)], capsys)
+    assert "jedi_atari_stochastic.py" in err
 
 
-def test_two_processes_on_one_folder(capsys, empty_folder):
-    args = jedi.Args(**{**MICRO, "run_dir": str(empty_folder / "r")})
-    run_dir, lock = jedi.prepare_run_dir(args, "Pong")
-    with lock, pytest.raises(jedi.BadInput, match="another process"):
-        jedi.prepare_run_dir(args, "Pong")
-    jedi.prepare_run_dir(args, "Pong")[1].close()
+def test_a_network_of_another_size_is_refused(capsys, empty_folder):
+    folder = make_run(empty_folder / "old")
+    jedi.save_checkpoint(
+        folder,
+        dict(script="jedi_atari", agent=jedi.Agent(6, jedi.Args(**MICRO)).state_dict(), epoch=1),
+    )
+    assert "lstm" in refused(["--eval-only", str(folder), "--lstm-size", "8"], capsys)
+
+
+@pytest.mark.parametrize("text", ['{"learning_rates": 3}', "[1]", "not JSON", ""])
+def test_an_args_file_of_another_version_is_refused(text, capsys, empty_folder):
+    folder = make_run(empty_folder / "old")
+    (folder / "args.json").write_text(text)
+    for argv in (["--resume", "--run-dir", str(folder)], ["--eval-only", str(folder)]):
+        assert "args.json" in refused(argv, capsys)

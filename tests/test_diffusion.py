@@ -4,29 +4,31 @@ import math
 
 import pytest
 import torch
-from conftest import random_agent, random_windows, replace
+from conftest import own_update, random_agent, random_windows, replace
 
 import jedi_atari as jedi
 
 
 def test_precondition_at_a_known_level():
     # EDM table 1 at sigma = sigma_data, no offset: c_skip 1/2, c_out sigma_data / sqrt 2, c_in 1 / (sigma_data sqrt 2).
-    c = jedi.precondition(torch.tensor([0.5]), sigma_data=0.5, sigma_offset=0.0)
-    assert c.c_skip.item() == pytest.approx(0.5)
-    assert c.c_out.item() == pytest.approx(0.5 / math.sqrt(2))
-    assert c.c_in.item() == pytest.approx(1 / (0.5 * math.sqrt(2)))
-    assert c.c_noise.item() == pytest.approx(math.log(0.5) / 4)
+    given = jedi.precondition(torch.tensor([0.5]), sigma_data=0.5, sigma_offset=0.0)
+    c_in, c_out, c_skip, c_noise = (c.item() for c in given)
+    assert c_skip == pytest.approx(0.5)
+    assert c_out == pytest.approx(0.5 / math.sqrt(2))
+    assert c_in == pytest.approx(1 / (0.5 * math.sqrt(2)))
+    assert c_noise == pytest.approx(math.log(0.5) / 4)
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 1.0, 20.0])
 def test_precondition_closed_form(sigma):
     data, offset = 0.5, 0.3
     total = sigma**2 + offset**2
-    c = jedi.precondition(torch.tensor([sigma], dtype=torch.float64), data, offset)
-    assert c.c_skip.item() == pytest.approx(data**2 / (total + data**2))
-    assert c.c_out.item() == pytest.approx(math.sqrt(total) * data / math.sqrt(total + data**2))
-    assert c.c_in.item() == pytest.approx(1 / math.sqrt(total + data**2))
-    assert c.c_noise.item() == pytest.approx(math.log(total) / 8)
+    given = jedi.precondition(torch.tensor([sigma], dtype=torch.float64), data, offset)
+    c_in, c_out, c_skip, c_noise = (c.item() for c in given)
+    assert c_skip == pytest.approx(data**2 / (total + data**2))
+    assert c_out == pytest.approx(math.sqrt(total) * data / math.sqrt(total + data**2))
+    assert c_in == pytest.approx(1 / math.sqrt(total + data**2))
+    assert c_noise == pytest.approx(math.log(total) / 8)
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.3, 2.0])
@@ -35,9 +37,9 @@ def test_input_and_target_of_the_network_have_unit_variance(sigma):
     z = 0.5 * torch.randn(40_000, 4, 1, 1)
     levels = torch.full((len(z),), sigma)
     noisy = jedi.add_noise(z, levels, sigma_offset=0.3)
-    c = jedi.precondition(levels, 0.5, 0.3)
-    assert (c.c_in * noisy).var().item() == pytest.approx(1, rel=0.02)
-    assert ((z - c.c_skip * noisy) / c.c_out).var().item() == pytest.approx(1, rel=0.02)
+    c_in, c_out, c_skip, _ = jedi.precondition(levels, 0.5, 0.3)
+    assert (c_in * noisy).var().item() == pytest.approx(1, rel=0.02)
+    assert ((z - c_skip * noisy) / c_out).var().item() == pytest.approx(1, rel=0.02)
 
 
 def test_offset_noise_is_shared_by_a_channel():
@@ -60,9 +62,46 @@ def test_karras_schedule():
     sigmas = jedi.karras_sigmas(3, 0.002, 5.0, 7.0)
     middle = ((5.0 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
     assert sigmas == pytest.approx([5.0, middle, 0.002, 0.0])
-    assert jedi.karras_sigmas(1, 0.002, 5.0, 7.0) == [5.0, 0.0]
+    assert jedi.karras_sigmas(1, 0.002, 5.0, 7.0) == pytest.approx([5.0, 0.0])
     many = jedi.karras_sigmas(50, 0.002, 5.0, 7.0)
     assert all(a > b for a, b in zip(many, many[1:], strict=False)) and len(many) == 51
+
+
+def test_the_denoiser_is_told_the_level_that_it_is_given(micro, monkeypatch):
+    """The sampler's levels: with churn, the raised ones where the latent is then."""
+    args, told = replace(micro, s_churn=1.0), []
+
+    def denoise(agent, z, sigma, *rest):
+        told.append(sigma[0].item())
+        return torch.zeros_like(z)
+
+    monkeypatch.setattr(jedi, "denoise", denoise)
+    jedi.sample_next_latent(None, torch.zeros(2, 4, 16, 8, 8), None, args)
+    gamma = min(1 / 3, math.sqrt(2) - 1)
+    sigmas = jedi.karras_sigmas(3, 0.002, 5.0, 7.0)[:3]
+    assert told == pytest.approx([sigma * (1 + gamma) for sigma in sigmas])
+
+
+def test_denoising_follows_the_preconditioned_formula(micro):
+    args = replace(micro, latent_norm="none")
+    agent = random_agent(args, 5)
+    torch.manual_seed(0)
+    z, past, sigma = torch.randn(2, 16, 8, 8), torch.randn(2, 4, 16, 8, 8), torch.tensor([0.1, 2.0])
+    actions = torch.randint(5, (2, 4))
+    got = jedi.denoise(agent, z, sigma, past, actions, args)
+    for row, level in enumerate(sigma.tolist()):
+        total = level**2 + 0.3**2
+        data = args.sigma_data**2
+        c_noise = torch.tensor([math.log(total) / 8])
+        inside = agent.denoiser(
+            z[row : row + 1] / math.sqrt(total + data),
+            c_noise,
+            past[row : row + 1],
+            actions[row : row + 1],
+        )
+        skip, out = data / (total + data), math.sqrt(total * data / (total + data))
+        expected = 3 * torch.tanh((skip * z[row] + out * inside[0]) / 3)
+        torch.testing.assert_close(got[row], expected, atol=1e-4, rtol=1e-4)
 
 
 def gaussian_denoiser(mean: float, std: float):
@@ -218,7 +257,7 @@ def contexts_seen(agent, args, monkeypatch) -> list[torch.Tensor]:
         lambda x, c, context, a: (seen.append(context), forward(x, c, context, a))[1],
     )
     batch = random_windows(args, args.context_frames + 2)
-    own = agent.encode(batch.frames)[:, args.context_frames]
+    own = agent.encode(batch.frames)[:, args.context_frames].detach()
     result = []
     for seed in range(24):
         torch.manual_seed(seed)
@@ -275,11 +314,20 @@ def test_padding_contributes_no_loss(agent, micro):
 
 
 def test_the_denoiser_can_learn_one_transition(micro):
+    """Its loss, measured at the same noise before and after."""
     args = replace(micro, learning_rate=5e-3, warmup_updates=1)
     torch.manual_seed(0)
     agent = jedi.Agent(5, args)
-    part = jedi.make_parts(agent, args, torch.device("cpu"))["diffusion"]
+    optimizer = jedi.make_optimizer(agent, "diffusion", args)
     batch = random_windows(args, args.context_frames + 2, batch=1)
     batch = jedi.Windows(*(field.repeat(4, *[1] * (field.dim() - 1)) for field in batch))
-    losses = [jedi.update(agent, part, batch, i, args, False)["loss"].item() for i in range(60)]
-    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+    @torch.no_grad()
+    def loss() -> float:
+        torch.manual_seed(1)
+        return sum(jedi.diffusion_loss(agent, batch, args)[0].item() for _ in range(10))
+
+    before = loss()
+    for i in range(50):
+        own_update(agent, "diffusion", optimizer, batch, i, args)
+    assert loss() < 0.7 * before

@@ -13,6 +13,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import gymnasium as gym
@@ -30,6 +31,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *(ROOT / name / "README.md" for name in ("benchmark", "results")),
 ]
+HISTORY = ROOT / "docs" / "log.md"  # its names and commands are those of their day
 ids = {"ids": lambda value: str(value.relative_to(ROOT)) if isinstance(value, Path) else None}
 
 spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
@@ -43,48 +45,18 @@ spec.loader.exec_module(generate)
 
 def test_what_is_made_from_the_code_is_up_to_date(capsys):
     if not generate.torch.backends.mkl.is_available():
-        pytest.skip(
-            "without MKL PyTorch draws other random numbers from the same seed, and the walkthrough is another"
-        )
+        pytest.skip("without MKL PyTorch draws other numbers from a seed: another walkthrough")
     status = generate.main(["--check"])
     assert (status, capsys.readouterr().err) == (0, "")
 
 
 def test_the_check_of_a_page_sees_words_and_numbers():
-    page = "a loss of 0.998 after 4,000 steps ([`f`](g.py#L12))"
-    assert generate.difference(page, page.replace("0.998", "1.01")) is None
-    for old, new in (
-        ("0.998", "1.03"),
-        ("0.998", "-0.998"),
-        ("4,000", "4,100"),
-        ("loss", "gain"),
-        ("#L12", "#L13"),
-    ):
-        assert generate.difference(page, page.replace(old, new)).startswith("line 1: "), new
+    page = "a loss of 0.998 after 4,000 steps"
+    for old, new in (("0.998", "1.03"), ("0.998", "-0.998"), ("4,000", "4,100"), ("loss", "gain")):
+        assert generate.difference(page, page.replace(old, new), 0.02).startswith("line 1: "), new
+    assert generate.difference(page, page.replace("0.998", "1.01"), 0.02) is None
+    assert generate.difference(page, page.replace("0.998", "1.01"))
     assert generate.difference(page, page + " more") and generate.difference(page + "\nmore", page)
-
-
-def test_links_get_the_line_of_their_name():
-    page = ROOT / "docs" / "page.md"
-    lines = (ROOT / "jedi_atari.py").read_text().splitlines()
-    for name, begins in (
-        ("imagine", "def imagine("),
-        ("Game.step", "    def step("),
-        ("PRESETS", "PRESETS: "),
-    ):
-        number = int(
-            re.search(r"#L(\d+)", generate.link_lines(f"[`{name}`](../jedi_atari.py#L1)", page))[1]
-        )
-        assert lines[number - 1].startswith(begins)
-    for wrong in (
-        "[`imagined`](../jedi_atari.py#L1)",
-        "[`Game.jump`](../jedi_atari.py#L1)",
-        "[here](../play.py#L1)",
-    ):
-        with pytest.raises(generate.Broken, match=r"docs/page.md: .* has no function"):
-            generate.link_lines(wrong, page)
-    with pytest.raises(generate.Broken, match="does not exist"):
-        generate.link_lines("[`main`](../gone.py#L1)", page)
 
 
 def test_every_argument_is_in_the_table_with_its_group_and_source():
@@ -123,42 +95,23 @@ class Everything(gym.Env):
         return np.full((64, 64, 3), 8 * self.time, np.uint8)
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    """The folder of a whole run that logs everything that can be logged."""
+def logged(folder: Path) -> set[str]:
+    """Every key of a run that logs everything that can be logged."""
     gym.register("Everything-v0", Everything)
-    changes = dict(
-        env_id="Everything-v0",
-        max_episode_steps=100,
-        total_steps=110,
-        final_epochs=0,
-        final_episodes=2,
-    )
-    args = jedi.Args(
-        **{**MICRO, **changes, "run_dir": str(tmp_path_factory.mktemp("docs") / "run")}
-    )
+    changes = dict(env_id="Everything-v0", max_episode_steps=100, total_steps=110)
+    changes |= dict(final_epochs=0, final_episodes=2, run_dir=str(folder / "run"))
     init = jedi.RewardTerminationModel.__init__
 
     def sees_ends(model, *args):
         init(model, *args)
-        model.head[-1].bias.data[4] = (
-            4.0  # or no step would be taken for an end, and precision had nothing to count
-        )
+        # Or no step would be taken for an end, and precision had nothing to count.
+        model.head[-1].bias.data[4] = 4.0
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jedi.RewardTerminationModel, "__init__", sees_ends)
-        patch.setattr(
-            jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01)
-        )
-        jedi.train(args)
-    return Path(args.run_dir)
-
-
-@pytest.fixture(scope="module")
-def logged(run_dir) -> set[str]:
-    """Every key of its metrics.jsonl."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {key for row in rows for key in row} - {"epoch"}
+        jedi.train(jedi.Args(**MICRO | changes))
+    rows = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return {key for row in rows for key in json.loads(row)}
 
 
 def documented_metrics(text: str) -> set[str]:
@@ -174,70 +127,41 @@ def documented_metrics(text: str) -> set[str]:
     return keys
 
 
-def test_metrics_are_documented_exactly_as_they_are_logged(run_dir, logged):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "images": 1})
-    events.Reload()
-    shown = {tag for kind in ("scalars", "images") for tag in events.Tags()[kind]}
-    assert documented_metrics((ROOT / "docs" / "metrics.md").read_text()) == shown
-    assert logged < shown
-    for path in ROOT.glob("results/*/*/*/metrics.jsonl"):
-        kept = {key for line in path.read_text().splitlines() for key in json.loads(line)} - {
-            "epoch"
-        }
-        assert kept <= logged, path
-
-
-def test_every_metric_says_unit_formula_range_and_remedy():
+def test_metrics_are_documented_exactly_as_they_are_logged(tmp_path):
     text = (ROOT / "docs" / "metrics.md").read_text()
-    entries = re.findall(r"^- `.*(?:\n +.*)*", text, re.M)
-    assert len(entries) > 30
-    for entry in entries:
+    documented, found = documented_metrics(text), logged(tmp_path)
+    assert not found - documented, (
+        f"docs/metrics.md does not explain {sorted(found - documented)}: write an entry like its others, "
+        "'- `key` (unit): what it is, and the function in backticks', with its lines 'Healthy' and 'If not'"
+    )
+    assert not documented - found, f"delete from docs/metrics.md: {sorted(documented - found)}"
+    for entry in re.findall(r"^- `.*(?:\n +.*)*", text, re.M):
         assert re.match(r"- [^:]*`[^(]*\([^)]+\): ", entry), f"no unit: {entry}"
         assert "\n  - Healthy: " in entry and "\n  - If not: " in entry, entry
-    sections = re.findall(r"^## .*?(?=^## |\Z)", text, re.M | re.S)
-    assert all("jedi_atari.py#L" in section for section in sections)  # a formula has its function
-
-
-def test_the_reader_of_metrics_sees_what_is_missing():
-    text = "- `a/loss` (none): it\n  is\n- `a/x`, `a/y` (s): b\n- `a/p_<k>`, k = 0, 3 (none): c\n"
-    text += "- `a/q_<k>`, k = 1 to 3 (none): d\n"
-    assert documented_metrics(text) == {
-        "a/loss",
-        "a/x",
-        "a/y",
-        "a/p_0",
-        "a/p_3",
-        "a/q_1",
-        "a/q_2",
-        "a/q_3",
-    }
 
 
 # --- names
 
 # What a page may name although nothing here defines it.
-ALLOWED = {
-    "AtariPreprocessing": "gymnasium's wrapper",
-    "empty_like": "PyTorch's",
-    "nonfinite_<part>_<update>.pt": "written when a loss is not finite",
-}
+ALLOWED = {"AtariPreprocessing", "np_random"}  # gymnasium's
 
 
-@dataclasses.dataclass
-class Names:
+class Names(typing.NamedTuple):
     """Everything that a page may name."""
 
     defined: set[str]  # functions, classes, Class.name, fields, arguments, keys of JSON
     text: str  # of all programs, to find flags in
-    files: set[str]  # paths in the repository and in a run folder, and their last parts
+    files: set[str]  # paths in the repository, and their last parts
     metrics: set[str]
 
 
 def defined_in(source: str) -> set[str]:
     """Names that a module defines at any depth, and the strings that it uses as keys and names of files."""
-    names = set(generate.lines_of_names(source))
+    names = set()
+    for owner in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef)):
+        names |= {f"{owner.name}.{n.name}" for n in owner.body if isinstance(n, ast.FunctionDef)}
+        fields = [n.target for n in owner.body if isinstance(n, ast.AnnAssign)]
+        names |= {f"{owner.name}.{field.id}" for field in fields}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
@@ -255,19 +179,17 @@ def defined_in(source: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def names(run_dir, logged) -> Names:
-    tracked = [
-        p for p in ROOT.rglob("*") if not {".git", "runs", ".venv"} & set(p.relative_to(ROOT).parts)
-    ]
-    programs = [
-        p for p in tracked if p.suffix in (".py", ".sh", ".js", ".html") and p != Path(__file__)
-    ]
+def names() -> Names:
+    hidden = {".git", "runs", ".venv"}
+    tracked = [p for p in ROOT.rglob("*") if not hidden & set(p.relative_to(ROOT).parts)]
+    suffixes = (".py", ".sh", ".js", ".html")
+    programs = [p for p in tracked if p.suffix in suffixes and p != Path(__file__)]
     python = [p.read_text() for p in programs if p.suffix == ".py"]
-    places = [(p, ROOT) for p in tracked] + [(p, run_dir) for p in run_dir.rglob("*")]
-    files = {x for p, top in places for x in (p.name, str(p.relative_to(top)))}
+    files = {x for p in tracked for x in (p.name, str(p.relative_to(ROOT)))}
     published = json.loads((ROOT / "benchmark" / "published.json").read_text())
     defined = set().union(*map(defined_in, python)) | set(published)
-    return Names(defined, "\n".join(p.read_text() for p in programs), files, logged)
+    metrics = documented_metrics((ROOT / "docs" / "metrics.md").read_text())
+    return Names(defined, "\n".join(p.read_text() for p in programs), files, metrics)
 
 
 def spans_of(text: str) -> list[str]:
@@ -297,9 +219,9 @@ def unknown(span: str, names: Names) -> str | None:
         return None  # the last are DIAMOND's
     if re.fullmatch(r"--[a-z][\w-]*", span):
         flags = {
-            jedi.flag(f.name)
+            f"--{field.name.replace('_', '-')}"
             for script in (jedi, jedi_atari_stochastic)
-            for f in dataclasses.fields(script.Args)
+            for field in dataclasses.fields(script.Args)
         }
         known = flags | {flag.replace("--", "--no-", 1) for flag in flags}
         return (
@@ -320,7 +242,7 @@ def unknown(span: str, names: Names) -> str | None:
     return "no such name"
 
 
-@pytest.mark.parametrize("page", PAGES, **ids)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY], **ids)
 def test_what_a_page_names_exists(page, names):
     wrong = {span: unknown(span, names) for span in spans_of(page.read_text())}
     assert not {span: why for span, why in wrong.items() if why}
@@ -329,15 +251,10 @@ def test_what_a_page_names_exists(page, names):
 @pytest.mark.parametrize(
     "span",
     "imagined_twice ReplayBuffer.forget Enkoder(width) --batchsize wm/latent_rank tests/test_nothing.py gone.json "
-    "torch.randn_unlike dreams/*.md".split(),
+    "torch.randn_unlike gone/*.md".split(),
 )
 def test_what_does_not_exist_is_noticed(span, names):
     assert unknown(span, names)
-
-
-def test_what_is_allowed_is_still_named():
-    named = {re.sub(r"\(.*\)$", "", span) for page in PAGES for span in spans_of(page.read_text())}
-    assert not set(ALLOWED) - named
 
 
 # --- links
@@ -368,8 +285,6 @@ def link_is_broken(target: str, page: Path) -> bool:
     file = (page.parent / path).resolve() if path else page
     if not file.exists() or not file.is_relative_to(ROOT):
         return True
-    if re.fullmatch(r"L\d+", anchor):
-        return int(anchor[1:]) > len(file.read_text().splitlines())
     return bool(anchor) and anchor not in anchors(file.read_text())
 
 
@@ -379,15 +294,10 @@ def test_links_lead_somewhere(page):
 
 
 def test_a_broken_link_is_noticed():
-    good = '[a](README.md) [b](jedi_atari.py#L5) [c](CONTRIBUTING.md#readability) <img src="LICENSE"> [d](https://example.org/x)'
+    good = '[a](README.md) [b](CONTRIBUTING.md#readability) <img src="LICENSE"> [c](https://example.org/x)'
     assert broken_links(good, ROOT / "README.md") == []
-    bad = [
-        "GONE.md",
-        "jedi_atari.py#L99999",
-        "README.md#no-such-heading",
-        "../elsewhere.md",
-        "gone.png",
-    ]
+    # A line of a file is no place to link to: it moves.
+    bad = "GONE.md jedi_atari.py#L5 README.md#no-such-heading ../elsewhere.md gone.png".split()
     text = " ".join(f"[x]({target})" for target in bad[:-1]) + f' <img src="{bad[-1]}">'
     assert broken_links(text, ROOT / "README.md") == bad
 
@@ -403,7 +313,7 @@ SHELL = {  # commands of other programs, which this project does not define
     "pre-commit": {"install"},
     "mv": set(),
 }
-PACKAGES = {"pre-commit"}  # installed by name
+PACKAGES = {"pre-commit", "wandb"}  # installed by name
 
 
 def commands_of(text: str) -> list[str]:
@@ -477,6 +387,9 @@ def check_python(argv: list[str], folder: Path) -> None:
     assert script.is_file(), f"{argv[0]} does not exist"
     if script.stem in ("jedi_atari", "jedi_atari_stochastic") and script.parent == ROOT:
         module = importlib.import_module(script.stem)
+        if "--eval-only" in rest:  # of a run that is there
+            (folder / "args.json").write_text(json.dumps(vars(module.Args())))
+            rest[rest.index("--eval-only") + 1] = str(folder)
         return module.check_args(module.parse_args(rest))
     return parse_with_argparse(script, rest)
 
@@ -534,7 +447,8 @@ def check_command(command: list[str], folder: Path) -> None:
 
 
 def commands_in_pages() -> list[tuple[Path, str]]:
-    found = {line: page for page in reversed(PAGES) for line in commands_of(page.read_text())}
+    pages = [page for page in reversed(PAGES) if page != HISTORY]
+    found = {line: page for page in pages for line in commands_of(page.read_text())}
     return [(page, line) for line, page in sorted(found.items())]
 
 

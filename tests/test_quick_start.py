@@ -13,7 +13,7 @@ SHORT = """
 --total-steps 160 --first-steps-min 120 --first-steps-max 120 --first-diffusion-updates 2
 --first-reward-updates 2 --first-policy-updates 1 --epoch-steps 40 --diffusion-updates 1
 --reward-updates 1 --policy-updates 1 --final-epochs 0 --max-episode-steps 60 --eval-episodes 1
---final-episodes 2 --eval-envs 2 --heldout-steps 60
+--final-episodes 2
 """.split()
 README = (ROOT / "README.md").read_text()
 
@@ -50,12 +50,9 @@ def test_quick_start(heading, changes, parameters, tmp_path):
     ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2_000:]
-    assert "whole run       about" in done.stdout and "what the world model learned" in done.stdout
-    total = int(re.search(r"total ([\d,]+)", done.stdout)[1].replace(",", ""))
+    assert "\nrewarded steps recognised: " in done.stdout and "\nreturn " in done.stdout
+    total = int(re.search(r"^parameters .* all ([\d,]+)", done.stdout, re.M)[1].replace(",", ""))
     assert parameters / 2 < total < parameters * 2
     result = json.loads((run_dir / "result.json").read_text())
     assert result["env_steps"] == 160 and len(result["returns"]) == 2 and result["git_commit"]
-    assert {"checkpoint.pt", "replay.bin", "curves.png", "metrics.jsonl"} <= {
-        p.name for p in run_dir.iterdir()
-    }
-    assert (run_dir / "dreams/final.gif").stat().st_size > 1_000
+    assert {"checkpoint.pt", "metrics.jsonl"} <= {p.name for p in run_dir.iterdir()}

@@ -43,10 +43,7 @@ def fill(
                 picture(number, length) if last else None,
             )
             episode.append((action, reward, end))
-            if rng.random() < 0.3:
-                buffer.flush()  # in the middle of episodes too
         episodes.append(episode)
-    buffer.flush()
     return episodes
 
 
@@ -132,11 +129,20 @@ def test_transition_windows_against_the_list():
     assert beyond
 
 
+def episodes_drawn(buffer: jedi.ReplayBuffer, count: int) -> torch.Tensor:
+    """The share of each episode in sampled windows, read off the pictures' first pixels alone."""
+    pixels = buffer.frames
+    buffer.frames = pixels[:, :1, :1]
+    newest = buffer.sample_frames(count, 1, final=False).frames[:, 0, 0, 0, 0]
+    buffer.frames = pixels
+    return torch.bincount(newest.long(), minlength=buffer.num_episodes) / count
+
+
 def test_each_quarter_of_the_episodes_gets_its_weight():
     torch.manual_seed(0)
     buffer = jedi.ReplayBuffer(500, CPU)
     fill(buffer, [3, 30, 3, 3, 9, 3, 20, 3, 3, 3, 3])  # quarters of 2, 2, 2 and the newest 5
-    drawn = torch.bincount(buffer._draw_episodes(100_000), minlength=11) / 100_000
+    drawn = episodes_drawn(buffer, 100_000)
     expected = torch.tensor([0.05] * 6 + [0.14] * 5)
     torch.testing.assert_close(drawn, expected, atol=0.005, rtol=0)
 
@@ -145,20 +151,37 @@ def test_fewer_than_four_episodes_are_drawn_by_their_length():
     torch.manual_seed(0)
     buffer = jedi.ReplayBuffer(500, CPU)
     fill(buffer, [10, 30], open_steps=1)  # the open one has no complete transition yet
-    drawn = torch.bincount(buffer._draw_episodes(50_000), minlength=3) / 50_000
+    drawn = episodes_drawn(buffer, 50_000)
     torch.testing.assert_close(drawn, torch.tensor([0.25, 0.75, 0.0]), atol=0.01, rtol=0)
 
 
-def test_all_windows_are_all_there_are():
+@pytest.mark.parametrize(("length", "stride"), [(9, 1), (4, 3), (2, 1), (31, 7), (100, 1)])
+@pytest.mark.parametrize("rewarded", [False, True])
+def test_all_windows_against_the_list(length, stride, rewarded):
+    """Backward from each episode's end, final frame included; all real."""
+    buffer = jedi.ReplayBuffer(500, CPU)
+    episodes = fill(buffer, LENGTHS, open_steps=9)
+    windows = buffer.all_windows(length, stride, rewarded=rewarded)
+    expected = []
+    for number, episode in enumerate(episodes):
+        frames = len(episode) + (number < len(LENGTHS))
+        for start in range(frames - length, -1, -stride):
+            if not rewarded or episode[start + length - 2][1]:
+                expected.append((number, start))
+    assert [named(frames[0]) for frames in windows.frames] == expected
+    assert windows.mask.all() and windows.mask.shape == (len(expected), length)
+    for row in range(len(expected)):
+        check_row(windows, row, episodes, transitions=False)
+
+
+def test_so_many_windows_at_most_and_from_everywhere():
     buffer = jedi.ReplayBuffer(500, CPU)
     fill(buffer, LENGTHS)
-    windows = buffer.all_windows(9, stride=1)
-    assert windows.mask.all() and len(windows.frames) == sum(max(0, n + 1 - 9 + 1) for n in LENGTHS)
-    assert not len(buffer.all_windows(100, stride=1).frames)
-    assert len(buffer.all_windows(9, stride=1, count=5).frames) == 5
-    rewarded = buffer.all_windows(4, stride=1, rewarded=True)
-    assert (rewarded.rewards[:, -2] != 0).all()
-    assert len(rewarded.frames) == (buffer.all_windows(4, stride=1).rewards[:, -2] != 0).sum()
+    every = [named(f[0]) for f in buffer.all_windows(9, stride=1).frames]
+    few = [named(f[0]) for f in buffer.all_windows(9, stride=1, count=5).frames]
+    assert len(few) == 5 and few[0] == every[0] and few[-1] == every[-1]
+    places = [every.index(start) for start in few]
+    assert max(places[i + 1] - places[i] for i in range(4)) <= len(every) / 4 + 1
 
 
 def arrays(buffer: jedi.ReplayBuffer) -> list[torch.Tensor]:
@@ -166,82 +189,8 @@ def arrays(buffer: jedi.ReplayBuffer) -> list[torch.Tensor]:
     return steps + [getattr(buffer, n)[: buffer.num_episodes] for n in ("starts", "lengths")]
 
 
-@pytest.mark.parametrize("open_steps", [0, 9])
-def test_the_file_brings_everything_back(tmp_path, open_steps):
-    path = tmp_path / "replay.bin"
-    buffer = jedi.ReplayBuffer(500, CPU, path)
-    fill(buffer, LENGTHS, open_steps=open_steps)
-    again = jedi.ReplayBuffer(500, CPU, path)
-    again.load(buffer.size)
-    assert all(torch.equal(a, b) for a, b in zip(arrays(buffer), arrays(again), strict=True))
-    assert again.open == buffer.open == bool(open_steps)
-
-
-def test_a_replay_newer_than_the_checkpoint_is_cut_to_it(tmp_path):
-    path = tmp_path / "replay.bin"
-    buffer = jedi.ReplayBuffer(500, CPU, path)
-    fill(buffer, [5, 6])
-    size, before = buffer.size, [a.clone() for a in arrays(buffer)]
-    buffer.add(picture(2, 0), 1, 0.0, False)
-    buffer.flush()
-    again = jedi.ReplayBuffer(500, CPU, path)
-    again.load(size)
-    assert all(torch.equal(a, b) for a, b in zip(before, arrays(again), strict=True))
-    assert path.stat().st_size == size * jedi.ReplayBuffer.RECORD.itemsize
-
-
-def test_a_short_or_altered_file_is_noticed(tmp_path):
-    path = tmp_path / "replay.bin"
-    buffer = jedi.ReplayBuffer(500, CPU, path)
-    fill(buffer, [5, 6])
-    content = bytearray(path.read_bytes())
-    path.write_bytes(content[:-1])
-    with pytest.raises(jedi.BadInput, match="cut short"):
-        jedi.ReplayBuffer(500, CPU, path).load(buffer.size)
-    content[3 * jedi.ReplayBuffer.RECORD.itemsize + 5_000] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(jedi.BadInput, match="record 3 "):
-        jedi.ReplayBuffer(500, CPU, path).load(buffer.size)
-
-
 def test_it_grows_when_episodes_are_very_short():
     small, large = jedi.ReplayBuffer(10, CPU), jedi.ReplayBuffer(500, CPU)
     fill(small, LENGTHS)
     fill(large, LENGTHS)
     assert all(torch.equal(a, b) for a, b in zip(arrays(small), arrays(large), strict=True))
-
-
-@pytest.mark.parametrize("length", [1, 4, 9, 60])
-def test_tiled_transitions_hold_each_transition_once(length):
-    """Also those at the end of an episode, and those of episodes shorter than a window; against the plain list."""
-    buffer = jedi.ReplayBuffer(500, CPU)
-    episodes = fill(buffer, LENGTHS, open_steps=7)
-    windows = buffer.tiled_transitions(length)
-    assert windows.frames.shape[1] == length + 1 and windows.mask.shape[1] == length
-    seen = []
-    for i, t in windows.mask.nonzero().tolist():
-        episode, step = named(windows.frames[i, t])
-        assert named(windows.frames[i, t + 1]) == (episode, step + 1)
-        action, reward, end = episodes[episode][step]
-        assert (windows.actions[i, t], windows.rewards[i, t], windows.ends[i, t]) == (
-            action,
-            reward,
-            end,
-        )
-        seen.append((episode, step))
-    # The open episode's newest step has no frame after it yet.
-    expected = [(e, t) for e, n in enumerate([*LENGTHS, 7 - 1]) for t in range(n)]
-    assert sorted(seen) == sorted(expected)
-
-
-def test_reward_skill_counts_every_reward_and_end(micro):
-    """Whatever the lengths of the episodes are."""
-    buffer = jedi.ReplayBuffer(500, CPU)
-    episodes = fill(buffer, LENGTHS)
-    skill = jedi.reward_skill(jedi.Agent(6, micro), buffer, micro)
-    assert skill["rewarded_steps"] == sum(
-        reward != 0 for episode in episodes for _, reward, _ in episode
-    )
-    assert (
-        skill["end_recall"] == 0 and skill["end_precision"] is None
-    )  # at first it takes nothing for an end

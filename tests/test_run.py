@@ -1,21 +1,27 @@
-"""Whole runs, far too small to learn: accounting, seeds, resume, and one through the command line, on the real Pong."""
+"""Whole runs, far too small to learn: accounting, seeds, schedule, progress, and one through the command line."""
 
 import collections
+import importlib.util
 import json
 import math
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO, ROOT, random_agent, replace
+import toys
+from conftest import MICRO, ROOT, command_line, random_agent, replace
 
 import jedi_atari as jedi
 
 RESULT_KEYS = (
-    "env_id script seed preset env_steps returns mean_return std_return human_normalized_score open_loop_ratio "
-    "open_loop_ratio_untrained reward_recall wall_seconds peak_memory_bytes device versions git_commit args"
+    "env_id script seed preset env_steps updates environment returns mean_return std_return lengths "
+    "human_normalized_score measures open_loop_ratio open_loop_ratio_untrained returns_untrained reward_recall "
+    "wall_seconds peak_memory_bytes device precision versions git_commit args"
 ).split()
 
 
@@ -29,218 +35,358 @@ def without_time(metrics: list[dict]) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory):
-    """One run with its calls counted: (run folder, arguments, result, counts)."""
+    """One run with its calls counted: run folder, arguments, result, counts, parts in the order of their updates,
+    and its collector and replay at its end."""
     args = replace(jedi.Args(**MICRO), run_dir=str(tmp_path_factory.mktemp("run") / "a"))
-    counts = collections.Counter()
+    counts, order, made = collections.Counter(), [], {}
     with pytest.MonkeyPatch.context() as patch:
         for name in ("update", "evaluate", "save_checkpoint"):
             original = getattr(jedi, name)
 
             def wrapper(*a, original=original, name=name, **k):
                 counts[name] += 1
+                if name == "update":
+                    order.append((a[1], a[4]))
                 return original(*a, **k)
 
             patch.setattr(jedi, name, wrapper)
-        patch.setattr(
-            jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01)
-        )
+        for name in ("Collector", "ReplayBuffer"):
+            original = getattr(jedi, name)
+
+            def keep(*a, original=original, name=name):
+                return made.setdefault(name, original(*a)) if name not in made else original(*a)
+
+            patch.setattr(jedi, name, keep)
+        patch.setattr(jedi, "CHECKPOINT_SECONDS", 0)
         result = jedi.train(args)
-    return jedi.Path(args.run_dir), args, result, counts
+    return Path(args.run_dir), args, result, counts, order, tuple(made.values())
 
 
 def test_accounting(counted):
-    run_dir, args, result, counts = counted
+    run_dir, args, result, counts, order, _ = counted
     metrics = metrics_of(run_dir)
-    first = int(metrics[1]["charts/env_steps"])
+    first = int(metrics[0]["charts/env_steps"])
     assert args.first_steps_min <= first <= args.first_steps_max
-    epochs = 1 + math.ceil((args.total_steps - first) / args.epoch_steps) + args.final_epochs
-    assert [row["epoch"] for row in metrics] == [*range(epochs + 1), epochs]
-    assert result["env_steps"] == args.total_steps == metrics[-2]["charts/env_steps"]
+    later = math.ceil((args.total_steps - first) / args.epoch_steps) + args.final_epochs
+    before = 3  # 6 + 4 + 2 updates of pre-training in epochs of 4 updates
+    # Epoch 0 is the first play; the last row is the final evaluation's.
+    assert [row["epoch"] for row in metrics] == [*range(1 + before + later), 1 + before + later]
+    steps = [row["charts/env_steps"] for row in metrics]
+    expected_steps = [first] * (1 + before)
+    while expected_steps[-1] < args.total_steps:
+        expected_steps.append(min(expected_steps[-1] + args.epoch_steps, args.total_steps))
+    expected_steps += [args.total_steps] * (args.final_epochs + 1)
+    assert steps == expected_steps and result["env_steps"] == args.total_steps
     expected = {
-        "diffusion": args.first_diffusion_updates + (epochs - 1) * args.diffusion_updates,
-        "reward": args.first_reward_updates + (epochs - 1) * args.reward_updates,
-        "policy": args.first_policy_updates + (epochs - 1) * args.policy_updates,
+        "diffusion": args.first_diffusion_updates + later * args.diffusion_updates,
+        "reward": args.first_reward_updates + later * args.reward_updates,
+        "policy": args.first_policy_updates + later * args.policy_updates,
     }
     assert result["updates"] == expected and counts["update"] == sum(expected.values())
     assert [metrics[-2][f"charts/{name}_updates"] for name in jedi.PARTS] == list(expected.values())
-    in_between = sum(1 for e in range(1, epochs) if e % args.eval_every == 0)
-    assert counts["evaluate"] == 1 + in_between + 1
-    assert sum("eval/mean_return" in row for row in metrics) == 1 + in_between
-    # At the start, after each of the first epoch's five phases and the play before it, then once an epoch.
-    assert counts["save_checkpoint"] == 1 + 6 + (epochs - 1) // args.checkpoint_every
-    assert len(result["returns"]) == args.final_episodes
-    # Collection appends one record a step, and one more for the last frame of each finished episode.
-    size = (run_dir / "replay.bin").stat().st_size
-    assert size % jedi.ReplayBuffer.RECORD.itemsize == 0
-    assert args.total_steps < size // jedi.ReplayBuffer.RECORD.itemsize <= args.total_steps + 10
+    # In the schedule's order; each part's updates are numbered from 0, for the warm-up.
+    schedule = jedi.make_schedule(args, first)
+    assert [part for part, _ in order] == [part for _, parts, _ in schedule for part in parts]
+    for part in jedi.PARTS:
+        assert [n for name, n in order if name == part] == list(range(expected[part]))
+    in_between = sum(1 for e in range(1, later) if e % args.eval_every == 0)
+    assert counts["evaluate"] == 2 + in_between + 1
+    assert sum("eval/mean_return" in row for row in metrics) == 2 + in_between
+    assert counts["save_checkpoint"] == 1 + before + later
+    assert len(result["returns"]) == len(result["lengths"]) == args.final_episodes
+    files = {path.name.split(".")[0] for path in run_dir.iterdir()} - {""}  # .lock
+    assert files == {"args", "checkpoint", "events", "jedi_atari", "metrics", "result"}
+
+
+def test_a_checkpoint_gives_back_all_that_was_played(counted):
+    """Its actions, played again from the seed: the replay to the last bit, and all that a collector carries."""
+    run_dir, args, _, _, _, (collector, replay) = counted
+    saved = jedi.load_checkpoint(run_dir)["collector"]
+    again, buffer = jedi.Collector(args), jedi.ReplayBuffer(10, torch.device("cpu"))
+    again.load_state_dict(saved, buffer)
+    assert (buffer.size, buffer.num_episodes) == (replay.size, replay.num_episodes)
+    assert replay.size > args.total_steps == again.steps  # with the last frames of episodes
+    for name in ("frames", "actions", "rewards", "ends"):
+        assert torch.equal(
+            getattr(buffer, name)[: replay.size], getattr(replay, name)[: replay.size]
+        )
+    for name in ("starts", "lengths"):
+        count = replay.num_episodes
+        assert torch.equal(getattr(buffer, name)[:count], getattr(replay, name)[:count])
+    for name in ("actions", "steps", "episode_return", "reward_counts"):
+        assert getattr(again, name) == getattr(collector, name)
+    assert np.array_equal(again.frame, collector.frame)
+    states = zip(again.lstm or (), collector.lstm or (), strict=True)
+    assert all(torch.equal(a, b) for a, b in states)
 
 
 def test_the_result_holds_everything(counted):
-    run_dir, args, result, _ = counted
+    run_dir, args, result, *_ = counted
     assert json.loads((run_dir / "result.json").read_text()) == json.loads(json.dumps(result))
-    assert not set(RESULT_KEYS) - set(result)
-    assert result["mean_return"] == np.mean(result["returns"]) and result["std_return"] == np.std(
-        result["returns"]
-    )
+    assert set(result) == set(RESULT_KEYS)
+    assert result["mean_return"] == np.mean(result["returns"])
+    assert result["std_return"] == np.std(result["returns"])
     assert result["human_normalized_score"] == pytest.approx((result["mean_return"] + 20.7) / 35.3)
     assert len(result["open_loop_ratio"]) == len(result["open_loop_ratio_untrained"]) == 15
     assert all(math.isfinite(v) and v > 0 for v in result["open_loop_ratio"])
+    assert 10**8 < result["peak_memory_bytes"] < 10**11
+    assert result["args"] == vars(args) and result["environment"] == "plain"
+
+
+def assert_board_is_file(run_dir: Path) -> None:
+    """TensorBoard and metrics.jsonl: the same keys, and at each step the same values, as often."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    board, file = collections.defaultdict(list), collections.defaultdict(list)
+    for tag in events.Tags()["scalars"]:
+        for event in events.Scalars(tag):
+            board[tag, event.step].append(event.value)
+    rows = metrics_of(run_dir)
+    assert all(math.isfinite(v) for row in rows for v in row.values())
+    for row in rows:
+        for key, value in row.items():
+            file[key, int(row["charts/env_steps"])].append(np.float32(value))
+    assert set(board) == set(file)
+    for key in file:
+        assert sorted(board[key]) == pytest.approx(sorted(file[key]), rel=1e-6), key
 
 
 def test_tensorboard_and_the_metrics_file_agree(counted):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run_dir, *_ = counted
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
-    events.Reload()
-    board = {
-        (tag, e.step): e.value for tag in events.Tags()["scalars"] for e in events.Scalars(tag)
-    }
-    rows = metrics_of(run_dir)
-    assert all(math.isfinite(v) for row in rows for v in row.values())
-    file = {
-        (key, row["epoch"]): value for row in rows for key, value in row.items() if key != "epoch"
-    }
-    assert set(board) == set(file)
-    assert all(board[key] == pytest.approx(file[key], rel=1e-5) for key in file)
+    assert_board_is_file(counted[0])
 
 
 def test_the_checkpoint_is_plain_data_and_rebuilds_the_agent(counted):
-    run_dir, args, _, _ = counted
+    run_dir, args, *_ = counted
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     agent = jedi.Agent(6, args)
     agent.load_state_dict(saved["agent"])
     assert all(p.isfinite().all() for p in agent.parameters())
-    assert (run_dir / "checkpoint.prev.pt").is_file() and (run_dir / "jedi_atari.py").is_file()
+    before = torch.load(run_dir / "checkpoint.prev.pt", weights_only=True)
+    assert before["epoch"] == saved["epoch"] - 1
+    assert (run_dir / "jedi_atari.py").read_bytes() == (ROOT / "jedi_atari.py").read_bytes()
 
 
-def quiet_costs(monkeypatch):
-    monkeypatch.setattr(
-        jedi, "measure_costs", lambda *a: dict.fromkeys(("collect", *jedi.PARTS, "games"), 0.01)
-    )
-
-
-def test_the_same_seed_gives_the_same_run_and_another_does_not(counted, tmp_path, monkeypatch):
-    run_dir, args, result, _ = counted
-    quiet_costs(monkeypatch)
+def test_the_same_seed_gives_the_same_run_and_another_does_not(counted, tmp_path):
+    run_dir, args, result, *_ = counted
     again = jedi.train(replace(args, run_dir=str(tmp_path / "same")))
     assert without_time(metrics_of(tmp_path / "same")) == without_time(metrics_of(run_dir))
-    assert (
-        again["returns"] == result["returns"]
-        and again["open_loop_ratio"] == result["open_loop_ratio"]
-    )
-    other = jedi.train(replace(args, run_dir=str(tmp_path / "other"), seed=1))
-    assert without_time(metrics_of(tmp_path / "other"))[1] != without_time(metrics_of(run_dir))[1]
-    assert other["open_loop_ratio"] != result["open_loop_ratio"]
+    assert again["returns"] == result["returns"]
+    assert again["open_loop_ratio"] == result["open_loop_ratio"]
+    short = dict(total_steps=90, final_epochs=0, final_episodes=1)
+    other = jedi.train(replace(args, run_dir=str(tmp_path / "other"), seed=1, **short))
+    assert without_time(metrics_of(tmp_path / "other"))[:2] != without_time(metrics_of(run_dir))[:2]
+    assert other["open_loop_ratio_untrained"] != result["open_loop_ratio_untrained"]
 
 
-class Stopped(Exception):
-    pass
+SCHEDULES = [
+    {},
+    dict(first_diffusion_updates=35, first_reward_updates=50, first_policy_updates=7),
+    dict(diffusion_updates=7, reward_updates=3, policy_updates=5, eval_every=1),
+    dict(diffusion_updates=0, reward_updates=4, final_epochs=5),
+    dict(reward_updates=0, policy_updates=0, total_steps=90),
+    dict(first_diffusion_updates=0, first_reward_updates=0, first_policy_updates=0),
+    dict(
+        first_diffusion_updates=400,
+        first_reward_updates=300,
+        diffusion_updates=110,
+        reward_updates=20,
+    ),
+]
 
 
-def test_a_stopped_run_carries_on_as_if_it_had_not_stopped(counted, tmp_path, monkeypatch):
-    run_dir, args, result, _ = counted
-    quiet_costs(monkeypatch)
-    args = replace(args, run_dir=str(tmp_path / "r"))
-    save, saved = jedi.save_checkpoint, []
+@pytest.mark.parametrize("changes", SCHEDULES)
+def test_the_schedule_does_what_the_arguments_say(micro, changes):
+    args = replace(micro, **changes)
+    (steps, parts, evaluated), *epochs = jedi.make_schedule(args, 90)
+    assert steps == 0 and not parts and evaluated
+    later_count = math.ceil((args.total_steps - 90) / args.epoch_steps) + args.final_epochs
+    cut = len(epochs) - later_count
+    first, later = epochs[:cut], epochs[cut:]
+    # Pre-training: all its updates, no more play, epochs no longer than the others.
+    flat = [part for _, parts, _ in first for part in parts]
+    for part in jedi.PARTS:
+        assert flat.count(part) == getattr(args, f"first_{part}_updates")
+    assert all(steps == 90 for steps, *_ in first)
+    size = args.diffusion_updates + args.reward_updates + args.policy_updates
+    assert all(len(parts) == size for _, parts, _ in first[:-1])
+    assert [evaluated for *_, evaluated in first] == [False] * (cut - 1) + [True] * (cut > 0)
+    # The world model before the policy; the first half of its diffusion updates before any reward update.
+    half = args.first_diffusion_updates // 2
+    world = [part for part in flat if part != "policy"]
+    assert flat == world + ["policy"] * args.first_policy_updates
+    assert world[:half] == ["diffusion"] * half
+    assert_mixed(world[half:])
+    played = 90
+    for number, (steps, parts, evaluated) in enumerate(later, 1):
+        played = min(played + args.epoch_steps, args.total_steps)
+        assert steps == played
+        world = [part for part in parts if part != "policy"]
+        assert parts == world + ["policy"] * args.policy_updates
+        assert world.count("diffusion") == args.diffusion_updates
+        assert world.count("reward") == args.reward_updates
+        assert_mixed(world)
+        assert evaluated == (number % args.eval_every == 0 and number < later_count)
+    assert not later or played == args.total_steps
 
-    def save_then_stop(*a):
-        save(*a)
-        saved.append(1)
-        if len(saved) == 8:
-            raise Stopped
 
-    monkeypatch.setattr(jedi, "save_checkpoint", save_then_stop)
-    with pytest.raises(Stopped):
-        jedi.train(args)
-    with open(tmp_path / "r" / "replay.bin", "ab") as file:
-        file.write(b"play from after the checkpoint" * 1_000)
-    monkeypatch.setattr(jedi, "save_checkpoint", save)
-    resumed = jedi.train(replace(args, resume=True))
-    assert resumed["returns"] == result["returns"] and resumed["updates"] == result["updates"]
-    assert without_time(metrics_of(tmp_path / "r")) == without_time(metrics_of(run_dir))
-    assert (tmp_path / "r" / "replay.bin").read_bytes() == (run_dir / "replay.bin").read_bytes()
-    a, b = (
-        torch.load(d / "checkpoint.pt", weights_only=True)["agent"]
-        for d in (run_dir, tmp_path / "r")
-    )
-    assert all(torch.equal(a[k], b[k]) for k in a)
+def assert_mixed(world: list[str]) -> None:
+    """As even as whole updates allow, and a diffusion update at the end: against a naive count."""
+    total = collections.Counter(world)
+    done = collections.Counter()
+    for part in world:
+        done[part] += 1
+        shares = [done[p] / n for p, n in total.items()]
+        assert max(shares) - min(shares) <= max(1 / n for n in total.values()) + 1e-9
+    if total["diffusion"] and total["reward"]:
+        assert world[-1] == "diffusion"
 
 
-def command_line(args: dict) -> list[str]:
-    return [x for name, value in args.items() for x in (jedi.flag(name), str(value))]
+def test_the_papers_schedule():
+    schedule = jedi.make_schedule(jedi.Args(), 5_000)
+    counts = collections.Counter(part for _, parts, _ in schedule for part in parts)
+    assert counts == dict(diffusion=410_000, reward=410_000, policy=405_000)
+    # The first play, 25,000 updates in epochs of 1,200, then 950 epochs with play and 50 without.
+    assert len(schedule) == 1 + 21 + 950 + 50
+    assert sum(evaluated for *_, evaluated in schedule) == 2 + 99
+
+
+def test_the_first_play_goes_on_until_rewards_are_known(micro):
+    """On Catch: a reward each five steps, ten are enough; else to the limit."""
+    for limits, expected in (((20, 100), 50), ((70, 100), 70), ((20, 40), 40)):
+        args = replace(
+            micro, env_id="toys:Catch-v0", first_steps_min=limits[0], first_steps_max=limits[1]
+        )
+        collector = jedi.Collector(args)
+        replay, agent = jedi.ReplayBuffer(200, torch.device("cpu")), random_agent(args, 3)
+        while collector.steps < collector.first_goal():
+            collector.step(agent, replay)
+        assert collector.steps == expected
+
+
+def test_evaluation_plays_so_many_whole_games_of_each_environment(micro, monkeypatch):
+    """With a player who reads the picture and never misses; each environment plays its fixed share."""
+    args = replace(micro, env_id="toys:Catch-v0")
+    made, make_env = [], jedi.make_env
+    monkeypatch.setattr(jedi, "make_env", lambda args: (made.append(make_env(args)), made[-1])[1])
+
+    def perfect(agent, frames, state, temperature):
+        columns = [
+            [int(np.argwhere((f == colour).all(-1))[:, 1].mean() * toys.COLUMNS // 64)
+             for colour in (toys.BALL, toys.PADDLE)]
+            for f in frames
+        ]  # fmt: skip
+        return [int(np.sign(ball - paddle)) + 1 for ball, paddle in columns], ()
+
+    monkeypatch.setattr(jedi, "act", perfect)
+    resets = collections.Counter()
+    reset = toys.Catch.reset
+
+    def counted_reset(self, **options):
+        resets[id(self)] += 1
+        return reset(self, **options)
+
+    monkeypatch.setattr(toys.Catch, "reset", counted_reset)
+    found = jedi.evaluate(random_agent(args, 3), args, 13)
+    assert found["returns"] == [1.0] * 13 and found["lengths"] == [5] * 13
+    assert found["mean_return"] == 1.0 and found["std_return"] == 0.0
+    assert found["human_normalized_score"] is None
+    assert len(made) == jedi.EVAL_ENVS == 10
+    assert sorted(resets.values()) == [2] * 7 + [3] * 3  # one more than games
+    assert found["measures"]["rewarded_steps"] == 2  # of the first environment's two games
+
+
+def test_the_score_is_0_for_random_play_and_1_for_a_human(micro, monkeypatch):
+    monkeypatch.setattr(jedi, "measure_world_model", lambda *_: {})
+    args = replace(micro, env_id="Pong", max_episode_steps=3)
+    found = {}
+    for scores in ((0.0, 1.0), (-2.0, 2.0)):
+        monkeypatch.setitem(jedi.REFERENCE_SCORES, "Pong", scores)
+        found[scores] = jedi.evaluate(random_agent(args, 6), args, 1)["human_normalized_score"]
+    assert list(found.values()) == [0.0, 0.5]  # nobody scores within three steps
 
 
 def test_the_command_line_end_to_end(tmp_path):
     run_dir = tmp_path / "run"
-    command = [
-        sys.executable,
-        str(ROOT / "jedi_atari.py"),
-        "--env-id",
-        "Pong",
-        *command_line(MICRO),
-    ]
-    done = subprocess.run(
-        [*command, "--run-dir", str(run_dir)], capture_output=True, text=True, timeout=600
-    )
+    script = [sys.executable, str(ROOT / "jedi_atari.py")]
+    command = [*script, "--env-id", "Pong", *command_line(MICRO), "--run-dir", str(run_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no warning of any library
-    for text in (
-        "parameters",
-        "whole run",
-        "what the world model learned",
-        "rewarded steps recognised",
-        "human-normalised",
-    ):
+    for text in ("run folder", "parameters", "epoch 0/", "rewarded steps recognised", "untrained"):
         assert text in done.stdout
     assert all(len(line) < 200 and "Warning" not in line for line in done.stdout.splitlines())
+    assert "\r" not in done.stdout
     result = json.loads((run_dir / "result.json").read_text())
-    assert not set(RESULT_KEYS) - set(result) and result["args"]["horizon"] == MICRO["horizon"]
+    assert set(result) == set(RESULT_KEYS) and result["args"]["horizon"] == MICRO["horizon"]
     # The finished run can be evaluated again, and its folder is not touched but for one new file.
     before = {p.name: p.stat().st_mtime_ns for p in run_dir.iterdir()}
-    again = [
-        sys.executable,
-        str(ROOT / "jedi_atari.py"),
-        "--eval-only",
-        str(run_dir),
-        "--final-episodes",
-        "2",
-    ]
+    again = [*script, "--eval-only", str(run_dir), "--final-episodes", "2"]
     done = subprocess.run(
         [*again, "--max-episode-steps", "30"], capture_output=True, text=True, timeout=600
     )
-    assert done.returncode == 0 and "over 2 games" in done.stdout, done.stderr
+    assert done.returncode == 0 and done.stderr == "" and "return" in done.stdout, done.stderr
     after = {p.name: p.stat().st_mtime_ns for p in run_dir.iterdir()}
     new = set(after) - set(before)
     assert len(new) == 1 and all(after[name] == before[name] for name in before)
-    assert len(json.loads((run_dir / new.pop()).read_text())["returns"]) == 2
+    found = json.loads((run_dir / new.pop()).read_text())
+    assert found["lengths"] == [30, 30] and len(found["returns"]) == 2
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed")
+def test_weights_and_biases_offline(tmp_path):
+    run_dir = tmp_path / "run"
+    words = command_line(MICRO | dict(run_dir=run_dir, total_steps=90, final_epochs=0))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "jedi_atari.py"), *words, "--track"],
+        env=environment | dict(WANDB_MODE="offline", HOME=str(tmp_path)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and (run_dir / "result.json").exists(), done.stderr
+    assert len(list(run_dir.glob("wandb/offline-run-*/*.wandb"))) == 1
+    assert_board_is_file(run_dir)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
-    quiet_costs(monkeypatch)
-    loss = jedi.reward_termination_loss
+    """One line; the checkpoint is the one from before."""
+    monkeypatch.setattr(jedi, "CHECKPOINT_SECONDS", 0)
+    loss, calls = jedi.reward_termination_loss, []
 
     def broken(agent, batch, args):
+        calls.append(1)
         value, metrics = loss(agent, batch, args)
-        return value * float("nan"), metrics
+        if len(calls) < 3:
+            return value, metrics
+        value = value * float("nan")
+        return value, metrics | dict(loss=value.detach())
 
     monkeypatch.setattr(jedi, "reward_termination_loss", broken)
-    flags = command_line(MICRO)
-    assert jedi.main([*flags, "--run-dir", str(tmp_path / "r")]) == 1
+    saved, save = [], jedi.save_checkpoint
+
+    def remember(run_dir, content):
+        save(run_dir, content)
+        saved.append((run_dir / "checkpoint.pt").read_bytes())
+
+    monkeypatch.setattr(jedi, "save_checkpoint", remember)
+    words = [*command_line(MICRO), "--run-dir", str(tmp_path / "r")]
+    assert jedi.main(words) == 1
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "update 1 of the reward part is not finite" in err
+    assert err.count("\n") == 1 and "not finite" in err and "reward/loss" in err
     assert not (tmp_path / "r" / "result.json").exists()
-    saved = torch.load(tmp_path / "r" / "nonfinite_reward_1.pt", weights_only=True)
-    assert saved["batch"]["frames"].shape == (3, 8, 64, 64, 3) and saved["update"] == 1
-    # The checkpoint is the one from before: no reward update in it, nothing in it that is not finite.
-    checkpoint = torch.load(tmp_path / "r" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["phase"] == "reward" and checkpoint["updates"]["reward"] == 0
+    assert (tmp_path / "r" / "checkpoint.pt").read_bytes() == saved[-1]
+    checkpoint = jedi.load_checkpoint(tmp_path / "r")
+    assert 0 < checkpoint["updates"]["reward"] < 3
     assert all(v.isfinite().all() for v in checkpoint["agent"].values())
 
 
 def test_imagined_and_recorded_play_are_aligned(counted):
     """With a world model that is right, every measure of it is perfect: no step is one off."""
-    run_dir, args, _, _ = counted
+    args = counted[1]
     buffer = jedi.ReplayBuffer(400, torch.device("cpu"))
     rng = np.random.default_rng(0)
     for step in range(200):
@@ -252,7 +398,6 @@ def test_imagined_and_recorded_play_are_aligned(counted):
             step == 199,
             frame if step == 199 else None,
         )
-    buffer.flush()
 
     class Truth(torch.nn.Module):
         """Latents that say which step they are; a reward model that knows which steps are rewarded."""
@@ -266,7 +411,7 @@ def test_imagined_and_recorded_play_are_aligned(counted):
                 .clone()
             )
 
-        def encoder(self, frames):
+        def latents(self, frames):
             return self.encode(frames[None])[0]
 
         norm = staticmethod(lambda z: z)
@@ -306,7 +451,6 @@ def test_games_shorter_than_the_measures_are_measured_as_far_as_they_go(micro):
     for _ in range(3):
         for t in range(5):
             buffer.add(frames[t], 0, float(t == 4), t == 4, frames[5] if t == 4 else None)
-    buffer.flush()
     measures = jedi.measure_world_model(agent, buffer, args)
     assert len(measures["open_loop_ratio"]) == 4 and all(v > 0 for v in measures["open_loop_ratio"])
     assert (
@@ -315,14 +459,63 @@ def test_games_shorter_than_the_measures_are_measured_as_far_as_they_go(micro):
     )
 
 
-def test_peak_memory_is_this_process_own():
-    """A process started by a large one does not count that in (getrusage does), but it counts what it held itself."""
-    parent = np.ones(1_500_000_000, np.uint8)
-    code = "import sys, numpy, torch, jedi_atari as jedi; held = numpy.ones(int(sys.argv[1]), numpy.uint8); del held; "
-    code += "print(jedi.peak_memory(torch.device('cpu')))"
-    command = [sys.executable, "-c", code]
-    small, large = (
-        int(subprocess.run([*command, str(size)], cwd=ROOT, capture_output=True, check=True).stdout)
-        for size in (1, 700_000_000)
-    )
-    assert small < len(parent) / 2 and 600_000_000 < large - small < 800_000_000
+def test_every_measured_window_counts_its_rewards_and_ends(micro):
+    """Windows as long as training's, backward from each episode's end, against the plain list; an untrained model sees
+    no reward and no end."""
+    from test_replay import LENGTHS, fill
+
+    buffer = jedi.ReplayBuffer(500, torch.device("cpu"))
+    episodes = fill(buffer, LENGTHS)
+    measures = jedi.measure_world_model(jedi.Agent(6, micro), buffer, micro)
+    length, rewards = micro.context_frames + micro.reward_window, 0
+    for episode in episodes:
+        for start in range(len(episode) + 1 - length, -1, -(length - 1)):
+            rewards += sum(reward != 0 for _, reward, _ in episode[start : start + length - 1])
+    assert rewards > 50 and measures["rewarded_steps"] == rewards
+    assert measures["reward_recall"] == measures["reward_false_alarms"] == 0
+    assert measures["end_recall"] == 0 and measures["end_precision"] is None
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Progress shown again and again; returns nothing."""
+    original = jedi.tqdm.__init__
+
+    def init(self, *args, **options):
+        original(self, *args, **options | dict(mininterval=1e-6, delay=1e-6))
+
+    monkeypatch.setattr(jedi.tqdm, "__init__", init)
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(often, capsys):
+    for _ in jedi.Progress(range(5), desc="epoch 3/7 update"):
+        pass
+    bar = jedi.Progress(desc="epoch 3/7 collect", unit="step")
+    for _ in range(4):
+        bar.update()
+    bar.close()
+    out = capsys.readouterr().out
+    assert "\r" not in out and "\x1b" not in out and out.endswith("\n")
+    lines = out.splitlines()
+    assert len(lines) >= 7 and all(re.match(r"epoch 3/7 (update|collect): +\d", x) for x in lines)
+
+
+def test_progress_is_shown_in_evaluation_though_no_game_ends(often, micro, capsys):
+    args = replace(micro, max_episode_steps=30)
+    jedi.evaluate(random_agent(args, 6), args, 1, title="epoch 3/7 evaluate")
+    out = capsys.readouterr().out
+    assert "\r" not in out and out.count("epoch 3/7 evaluate:   0%") > 20
+
+
+def test_progress_is_rare(capsys):
+    for _ in jedi.Progress(range(100_000), desc="quick"):
+        pass
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_is_one_line_on_a_terminal(often, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for _ in jedi.Progress(range(5), desc="update"):
+        pass
+    out = capsys.readouterr().out
+    assert "\n" not in out and out.count("\r") >= 5

@@ -87,18 +87,26 @@ def world_model_only(found: list[torch.Tensor]) -> list[torch.Tensor]:
     return found[: [i for i, x in enumerate(found) if x.dim() == 0][2]]
 
 
-def losses_and_gradients(args: jedi.Args, bf16: bool = False) -> list[torch.Tensor]:
+def losses_and_gradients(
+    args: jedi.Args, bf16: bool = False, compiled: bool = False
+) -> list[torch.Tensor]:
     """All three losses, and the gradients of all parameters, of the same agent on the same batches."""
     agent, result = random_agent(args, 5), []
-    parts = jedi.make_parts(agent, args, torch.device("cpu"))
-    lengths = (args.context_frames + 2, args.context_frames + 3, args.context_frames)
-    for part, length in zip(parts.values(), lengths, strict=True):
+    if compiled:
+        speed.compile_jedi(agent)
+    n = args.context_frames
+    for loss, length in (
+        (jedi.diffusion_loss, n + args.target_frames),
+        (jedi.reward_termination_loss, n + 3),
+        (jedi.actor_critic_loss, n),
+    ):
         batch = random_windows(args, length)
-        batch = batch._replace(mask=batch.mask[:, 1:]) if part is parts["reward"] else batch
+        if loss is jedi.reward_termination_loss:
+            batch = batch._replace(mask=batch.mask[:, 1:])
         agent.zero_grad(set_to_none=True)
         torch.manual_seed(0)
-        with part.compiled, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            value, _ = part.loss(agent, batch, args)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value, _ = loss(agent, batch, args)
         value.backward()
         result += [
             value.detach(),
@@ -140,19 +148,42 @@ def test_compiled_and_eager_agree(micro):
     if shutil.which("c++") is None:
         pytest.skip("the compiler needs a C++ compiler on a CPU")
     eager = losses_and_gradients(micro)
-    compiled = losses_and_gradients(replace(micro, compile=True))
+    compiled = losses_and_gradients(micro, compiled=True)
     report_differences("eager, compiled", eager, compiled)
     for a, b in zip(eager, compiled, strict=True):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5), (a - b).abs().max()
 
 
-def test_compiled_methods_are_in_place_only_within(micro, agent):
-    """Nothing is compiled before it is called, so this costs nothing."""
-    part = jedi.make_parts(agent, replace(micro, compile=True), torch.device("cpu"))["diffusion"]
-    plain = agent.denoiser.forward
-    with part.compiled:
-        assert "forward" in vars(agent.denoiser) and "layers" in vars(agent.encoder)
-    assert agent.denoiser.forward == plain and "layers" not in vars(agent.encoder)
+def test_both_sides_make_the_same_updates(micro):
+    """Of its own losses and networks each, drawn and clipped alike; the script is afterwards as it was."""
+    args, before = replace(micro, batch_size=1, horizon=1, reward_window=1), jedi.diffusion_loss
+    replay = speed.make_replay(args, torch.device("cpu"))
+    for name, make in speed.MAKE.items():
+        side = make(args, replay, 2)
+        for part in speed.UPDATES:
+            groups = side.optimizers[part].param_groups
+            weights = [p for group in groups for p in group["params"]]
+            old = [weight.detach().clone() for weight in weights]
+            assert torch.isfinite(speed.one_update(side, part, replay, args, False)()["loss"])
+            assert not all(map(torch.equal, weights, old)), (name, part)
+        assert side.sample().shape == (
+            (2, *jedi.LATENT_SHAPE) if name == "jedi" else (2, 3, 64, 64)
+        )
+    assert jedi.diffusion_loss is before
+
+
+def test_projected_hours_count_every_update_and_step():
+    args = jedi.Args(first_steps_min=5_000)
+    timing = {
+        part: speed.Timing(s, s, s) for part, s in zip(speed.UPDATES, (1, 10, 100), strict=True)
+    }
+    # 10,000, 10,000 and 5,000 updates, then 400 of each in 950 epochs and 50 more that play nothing
+    seconds = 410_000 * 1 + 410_000 * 10 + 405_000 * 100
+    games = (
+        4 * (2 + 99) + 100
+    )  # untrained, pre-trained, each tenth of the 1,000 epochs but the last
+    steps = 100_000 + 1_000 * games / 4
+    assert speed.projected_hours(args, timing, 50.0) == pytest.approx((seconds + steps / 50) / 3600)
 
 
 @pytest.mark.timing
@@ -201,10 +232,10 @@ def test_jedi_is_ahead(tmp_path):
     [
         (["--repeats", "0"], "--repeats is 0"),
         (["--batch-size", "0"], "--batch-size is 0"),
-        (["--device", "tpu"], "--device is 'tpu'"),
+        (["--device", "tpu"], "--device tpu"),
         (["--growth", "--leave-one-out"], "do not go together"),
         (["--json", "/no/such/folder/a.json"], "there is no folder"),
-        (["--env-id", "Pogn"], "did you mean"),
+        (["--env-id", "Pogn"], "Did you mean: `Pong`"),
     ],
 )
 def test_bad_input(arguments, message, capsys):
