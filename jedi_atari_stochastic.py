@@ -1049,7 +1049,8 @@ def open_run_dir(args: Args) -> Iterator[Path]:
         old = vars(load_args(run_dir) if (run_dir / "args.json").exists() and args.resume else args)
         for key in set(old) - {"run_dir", "resume", "device", "compile", "precision", "track"}:
             if old[key] != getattr(args, key):
-                raise BadInput(f"{run_dir} was begun with {key} {old[key]}; leave it as it is")
+                flag = "--" + key.replace("_", "-")
+                raise BadInput(f"{run_dir} was begun with {flag} {old[key]}; leave it as it is")
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "wb")
     except OSError as error:
@@ -1135,13 +1136,12 @@ def make_schedule(args: Args, first_steps: int) -> list[tuple[int, list[str], bo
         return [part for *_, part in sorted(places)]
 
     half = args.first_diffusion_updates // 2
-    first = ["diffusion"] * half
-    first += mix(args.first_diffusion_updates - half, args.first_reward_updates)
-    first += ["policy"] * args.first_policy_updates
+    pre = ["diffusion"] * half + mix(args.first_diffusion_updates - half, args.first_reward_updates)
+    pre += ["policy"] * args.first_policy_updates
     later = mix(args.diffusion_updates, args.reward_updates) + ["policy"] * args.policy_updates
-    size, epochs = len(later) or len(first) or 1, [(0, [], True)]
-    for i in range(0, len(first), size):
-        epochs.append((first_steps, first[i : i + size], i + size >= len(first)))
+    size, epochs = len(later) or len(pre) or 1, [(0, [], True)]
+    for i in range(0, len(pre), size):
+        epochs.append((first_steps, pre[i : i + size], i + size >= len(pre)))
     count = -(-(args.total_steps - first_steps) // args.epoch_steps) + args.final_epochs
     for i in range(1, count + 1):
         steps = min(first_steps + i * args.epoch_steps, args.total_steps)
@@ -1245,8 +1245,8 @@ def train(args: Args) -> dict:
         saved = load_checkpoint(run_dir) if (run_dir / "checkpoint.pt").exists() else None
         print(f"run folder  {run_dir}")
         print_plan(args, agent, bf16)
-        state = dict(epoch=-1, first_steps=0, updates=dict.fromkeys(PARTS, 0), untrained="")
-        state["wall_seconds"] = 0.0
+        state = dict(epoch=-1, first_steps=args.first_steps_min, untrained="", wall_seconds=0.0)
+        state["updates"] = dict.fromkeys(PARTS, 0)
         if saved:
             state = {key: saved[key] for key in state}
             collector.load_state_dict(saved["collector"], replay)
@@ -1270,7 +1270,7 @@ def train(args: Args) -> dict:
 
             while collector.steps < (steps or collector.first_goal()):
                 games += collector.step(agent, replay)
-            state["first_steps"] = state["first_steps"] or collector.steps
+            state["first_steps"] = collector.steps if epoch == 0 else state["first_steps"]
 
             for part in Progress(parts, desc=f"{title} update"):
                 number = state["updates"][part]

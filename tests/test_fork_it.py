@@ -146,14 +146,12 @@ def test_a_fork_is_clean(name, folders):
 def test_a_fork_runs_from_beginning_to_end(name, fork, tmp_path, capsys):
     script = fork(name)
     changes = {"env_id": GAMES.get(name, "Pong"), "run_dir": tmp_path / "run"}
+    changes |= dict(max_episode_steps=12, total_steps=100, final_epochs=0, final_episodes=2)
     if name == "one_step":
         changes["preset"] = "one_step"
     assert script.main(command_line(MICRO | changes)) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert (
-        result["env_steps"] == MICRO["total_steps"]
-        and len(result["returns"]) == MICRO["final_episodes"]
-    )
+    assert result["env_steps"] == 100 and len(result["returns"]) == 2
     assert result["args"]["sample_steps"] == (1 if name == "one_step" else 3)
     assert (tmp_path / "run" / "jedi_atari.py").read_text() == (
         ROOT / "jedi_atari.py"
@@ -220,9 +218,12 @@ def test_the_other_latents_go_through_every_network(fork):
 
 def test_the_game_of_ones_own(fork):
     script = fork("my_game")
-    assert script.resolve_env_id("my_game:Apples-v0") == ("Apples-v0", "my_game_Apples_v0")
+    assert script.resolve_env_id("my_game:Apples-v0") == (
+        "my_game:Apples-v0",
+        "my_game_Apples_v0",
+    )
+    env = script.make_env(script.Args(env_id="my_game:Apples-v0"))  # imports the module
     check_env(gym.make("Apples-v0").unwrapped, skip_render_check=True)
-    env = script.make_env(script.Args(env_id="my_game:Apples-v0"))
     env.reset(seed=0)
     game = env.unwrapped
     game.walker, game.apple, game.trap = (0, 0), (0, 1), (1, 1)

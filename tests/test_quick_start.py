@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT
 
 SHORT = """
---total-steps 160 --first-steps-min 120 --first-steps-max 120 --first-diffusion-updates 2
---first-reward-updates 2 --first-policy-updates 1 --epoch-steps 40 --diffusion-updates 1
---reward-updates 1 --policy-updates 1 --final-epochs 0 --max-episode-steps 60 --eval-episodes 1
+--total-steps 40 --first-steps-min 30 --first-steps-max 30 --first-diffusion-updates 2
+--first-reward-updates 2 --first-policy-updates 1 --epoch-steps 10 --diffusion-updates 1
+--reward-updates 1 --policy-updates 1 --final-epochs 0 --max-episode-steps 12 --eval-episodes 1
 --final-episodes 2
 """.split()
 README = (ROOT / "README.md").read_text()
@@ -54,5 +54,5 @@ def test_quick_start(heading, changes, parameters, tmp_path):
     total = int(re.search(r"^parameters .* all ([\d,]+)", done.stdout, re.M)[1].replace(",", ""))
     assert parameters / 2 < total < parameters * 2
     result = json.loads((run_dir / "result.json").read_text())
-    assert result["env_steps"] == 160 and len(result["returns"]) == 2 and result["git_commit"]
+    assert result["env_steps"] == 40 and len(result["returns"]) == 2 and result["git_commit"]
     assert {"checkpoint.pt", "metrics.jsonl"} <= {p.name for p in run_dir.iterdir()}
