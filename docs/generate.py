@@ -464,13 +464,14 @@ def walk_losses(walk: Walk, dream: jedi.Imagined, batch: jedi.Windows) -> str:
     g, entropy = g[dream.alive], math.log(walk.agent.policy.policy.out_features)
     torch.manual_seed(DREAM)
     found = walk.update("policy", 0, batch)
-    loss = entropy * g.mean() + g.square().mean() - args.entropy_weight * entropy
+    policy_loss, value_loss = entropy * g.mean(), g.square().mean()
     return f"""## 7. The other two losses, by hand
 
 | loss | by hand | the function |
 |---|---|---|
 {row("`reward_termination_loss`", rare + 4 * (rewarded + ends), reward_loss)}
-{row("`actor_critic_loss`", agree(loss, found["loss"]), found["loss"])}
+{row("`actor_critic_loss`: `policy/policy_loss`", agree(policy_loss, found["policy_loss"]), found["policy_loss"])}
+{row("`actor_critic_loss`: `policy/value_loss`", agree(value_loss, found["value_loss"]), found["value_loss"])}
 
 R_psi (`RewardTerminationModel`) starts with the biases -4, 0, -4 for the reward's sign and 0, -4 for termination:
 "nothing happens". That costs ln(1 + 2 e^-4) + ln(1 + e^-4), and 4 more for each of the {g3(rewarded)} transitions with
@@ -479,8 +480,8 @@ Without the biases the loss would start at ln 3 + ln 2 = {g3(math.log(6))}, and 
 "nothing" by saturating: [DEVIATION 7](implementation_details.md#deviation-7). Unlike the denoising loss this one
 reaches the encoder in its first update: gradient norm {g3(encoder)}.
 
-The policy's loss is the mean of -ln pi(a) (G - V), here ln 6 G, plus that of (V - G)^2, here G^2, less
-{args.entropy_weight} times the entropy, here ln 6, over the {len(g)} steps that count. Returns are targets and the
+The actor-critic's is the mean of -ln pi(a) (G - V), here ln 6 G, plus that of (V - G)^2, here G^2, less
+{args.entropy_weight} times the entropy, over the {len(g)} steps that count. Returns are targets and the
 advantage is a weight: neither passes a gradient on to the value, and nothing reaches the encoder.
 
 Each `update` clips the gradient and makes one step of AdamW (`make_optimizer`). `make_schedule` says which updates an

@@ -69,7 +69,9 @@ def real_process(run_dir: Path, when: str = "never:1:9", changes=None, **options
     """The same from a fresh interpreter, to its very end."""
     words = ["--resume", *command_line(SMALL | (changes or {}) | {"run_dir": run_dir})]
     command = [sys.executable, str(HERE / "kill_me.py"), when, *words]
-    return subprocess.Popen(command, stdout=-3, stderr=-1, text=True, **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def outcome(run_dir: Path) -> dict:

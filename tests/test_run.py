@@ -478,7 +478,7 @@ def test_every_measured_window_counts_its_rewards_and_ends(micro):
 
 @pytest.fixture
 def often(monkeypatch):
-    """Progress shown again and again; returns nothing."""
+    """Progress is shown at each step, not every 30 s."""
     original = jedi.tqdm.__init__
 
     def init(self, *args, **options):
