@@ -5,9 +5,6 @@
     python jedi_atari.py --resume --run-dir RUN        # carry on, or begin
     python jedi_atari.py --eval-only RUN               # play 100 games with a run
 
-Read downward: 1 arguments, 2 environment, 3 replay, 4 networks, 5 diffusion, 6 world model losses,
-7 imagination and actor-critic, 8 playing and measuring, 9 the run folder, 10 the loop.
-
 Sources: [P] the JEDI papers (arXiv 2505.19698 and 2605.13013), [D] DIAMOND (arXiv 2405.12399 and
 its released code), [E] EDM (arXiv 2206.00364), [C] our choice where no source says. A choice that
 departs from [P] or [D] is marked DEVIATION n and explained in docs/implementation_details.md.
@@ -30,8 +27,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -119,7 +118,7 @@ class Args:
     lstm_size: int = num(512, 1, 4_096)  # of R_psi's and the policy's LSTM [D]
     latent_norm: Literal["none", "center"] = "none"  # none [P]; center: less a running mean [C]
     # --- diffusion
-    sigma_data: float = num(0.5, TINY, 1_000)  # assumed std of latents; real: wm/latent_std [D, C]
+    sigma_data: float = num(0.5, TINY, 1_000)  # assumed std; real: diffusion/latent_std [D, C]
     sigma_offset: float = num(0.3, 0, 1_000)  # scale of the noise shared by a whole channel [D]
     noise_mean: float = num(-0.4, -1_000, 1_000)  # mean of ln(sigma) in training [E]
     context_frames: int = num(4, 1, 1_000)  # latents and actions the denoiser sees [D]
@@ -208,9 +207,8 @@ def resolve_env_id(env_id: str) -> tuple[str, str]:
     """`Pong`, `ALE/Pong-v5`, `PongNoFrameskip-v4`, `module:Name-v0` -> gymnasium id, short name."""
     gym.register_envs(ale_py)
     name = re.sub(r"(NoFrameskip-v\d|-v\d)$", "", env_id.removeprefix("ALE/"))
-    if f"ALE/{name}-v5" in gym.registry:
-        return f"ALE/{name}-v5", name
-    return env_id, re.sub(r"\W+", "_", env_id)
+    atari = f"ALE/{name}-v5"
+    return (atari, name) if atari in gym.registry else (env_id, re.sub(r"\W+", "_", env_id))
 
 
 class Game(gym.Wrapper):
@@ -411,9 +409,8 @@ def make_lstm(inputs: int, size: int) -> nn.LSTM:
     lstm = nn.LSTM(inputs, size, batch_first=True)
     nn.init.xavier_uniform_(lstm.weight_ih_l0)
     nn.init.orthogonal_(lstm.weight_hh_l0)
-    nn.init.zeros_(lstm.bias_hh_l0)
-    nn.init.zeros_(lstm.bias_ih_l0)
-    nn.init.ones_(lstm.bias_ih_l0.data[size : 2 * size])
+    lstm.bias_hh_l0.data.zero_()
+    lstm.bias_ih_l0.data.zero_()[size : 2 * size] = 1.0
     return lstm
 
 
@@ -434,9 +431,9 @@ class Encoder(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        halving = [m for _ in range(3) for m in (EncoderStage(width, width), nn.MaxPool2d(2))]
-        stages = [conv3x3(3, width), *halving, EncoderStage(width, LATENT_SHAPE[0])]
-        self.layers = nn.Sequential(*stages)
+        stages = [m for _ in range(3) for m in (EncoderStage(width, width), nn.MaxPool2d(2))]
+        stages.append(EncoderStage(width, LATENT_SHAPE[0]))
+        self.layers = nn.Sequential(conv3x3(3, width), *stages)
 
     def forward(self, frames: Tensor) -> Tensor:
         """(N, 64, 64, 3) uint8 -> (N, 16, 8, 8) float32."""
@@ -879,7 +876,7 @@ class Collector:
         self.env, self.args, self.actions = make_env(args), args, []
         self.frame, _ = self.env.reset(seed=args.seed)
         self.lstm: tuple | None = None  # state of the policy's LSTM
-        self.episode_return, self.steps = 0.0, 0
+        self.episode_return, self.steps, self.checksum = 0.0, 0, 0
         self.reward_counts = [0, 0, 0]  # steps with a negative, no and a positive reward
 
     def step(self, agent: Agent, replay: ReplayBuffer) -> list[float]:
@@ -893,6 +890,7 @@ class Collector:
         """The same with a given action."""
         frame, reward, terminated, truncated, info = self.env.step(action)
         self.actions.append(action)
+        self.checksum = zlib.crc32(frame, self.checksum)  # of all frames
         self.steps, self.episode_return = self.steps + 1, self.episode_return + reward
         self.reward_counts[int(np.sign(reward)) + 1] += 1
         replay.add(self.frame, action, reward, info["end"], frame if info["stop"] else None)
@@ -905,14 +903,14 @@ class Collector:
 
     def state_dict(self) -> dict:
         """Play is a game's seed and its actions: what else there is follows from them."""
-        actions, frame = torch.tensor(self.actions, dtype=torch.int32), torch.from_numpy(self.frame)
-        return dict(steps=self.steps, actions=actions, frame=frame, lstm=self.lstm)
+        actions = torch.tensor(self.actions, dtype=torch.int32)
+        return dict(steps=self.steps, actions=actions, checksum=self.checksum, lstm=self.lstm)
 
     def load_state_dict(self, saved: dict, replay: ReplayBuffer) -> None:
         """Play it all again, thousands of steps a second; `BadInput` if that ends otherwise."""
         for action in Progress(saved["actions"].tolist(), desc="play again", unit="step"):
             self.play(action, replay)
-        if not np.array_equal(self.frame, saved["frame"].numpy()):
+        if self.checksum != saved["checksum"]:
             raise BadInput(f"{self.args.env_id} goes another way than it did; is ale-py the same?")
         self.lstm = saved["lstm"] and tuple(s.to(replay.device) for s in saved["lstm"])
 
@@ -953,10 +951,10 @@ def evaluate(agent: Agent, args: Args, episodes: int, number: int = 0, title: st
             frames[i] = frame
         bar.update(0)  # a game can take minutes
     bar.close()
+    mean, std = float(np.mean(returns)), float(np.std(returns))
     low, high = REFERENCE_SCORES.get(game, (0.0, math.inf))
-    found = dict(returns=returns, lengths=lengths, mean_return=float(np.mean(returns)))
-    score = None if high == math.inf else (found["mean_return"] - low) / (high - low)
-    found |= dict(std_return=float(np.std(returns)), human_normalized_score=score)
+    found = dict(returns=returns, lengths=lengths, mean_return=mean, std_return=std)
+    found["human_normalized_score"] = (mean - low) / (high - low) if high < math.inf else None
     return found | dict(measures=measure_world_model(agent, heldout, args))
 
 
@@ -1247,8 +1245,8 @@ def train(args: Args) -> dict:
             for part, optimizer in optimizers.items():
                 optimizer.load_state_dict(saved["optimizers"][part])
             torch.set_rng_state(saved["rng"]["cpu"])
-            if device.type == "cuda" and saved["rng"]["cuda"]:
-                torch.cuda.set_rng_state(saved["rng"]["cuda"][device.index or 0], device)
+            if device.type == "cuda" and saved["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(saved["rng"]["cuda"])
             print(f"resumed after epoch {state['epoch']}, {collector.steps:,} steps", flush=True)
         else:
             write_atomically(run_dir / "args.json", vars(args))
@@ -1271,8 +1269,7 @@ def train(args: Args) -> dict:
                 sums |= {(part, k): sums.get((part, k), 0) + v for k, v in found.items()}
                 state["updates"][part] += 1
             metrics = {f"{p}/{k}": s.item() / parts.count(p) for (p, k), s in sums.items()}  # SYNC
-            bad = [key for key, value in metrics.items() if not math.isfinite(value)]
-            if bad:
+            if bad := [key for key, value in metrics.items() if not math.isfinite(value)]:
                 raise FloatingPointError(f"{title}: not finite: {bad}; the last checkpoint is fine")
 
             metrics |= {f"charts/{part}_updates": n for part, n in state["updates"].items()}
@@ -1294,7 +1291,7 @@ def train(args: Args) -> dict:
                 content["optimizers"] = {p: o.state_dict() for p, o in optimizers.items()}
                 content["metrics"] = (run_dir / "metrics.jsonl").read_text()
                 content["collector"] = collector.state_dict()
-                cuda = torch.cuda.get_rng_state_all()
+                cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
                 content["rng"] = dict(cpu=torch.get_rng_state(), cuda=cuda)
                 save_checkpoint(run_dir, content)
 
@@ -1344,6 +1341,8 @@ def eval_only(args: Args) -> dict:
     """Play `--final-episodes` games with a run's checkpoint; writes eval_<time>.json beside it."""
     _, agent, _ = set_up(args)
     saved = load_checkpoint(Path(args.eval_only))
+    if any(w.shape != saved["agent"][k].shape for k, w in agent.state_dict().items()):
+        raise BadInput("--eval-only: leave game and sizes of the networks as they are")
     agent.load_state_dict(saved["agent"])
     found = evaluate(agent, args, args.final_episodes, -1, "evaluation")
     result = dict(env_id=args.env_id, seed=args.seed, epoch=saved["epoch"], **found)
@@ -1365,6 +1364,7 @@ def parse_args(argv: list[str]) -> Args:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for bad input, 1 for a failure."""
+    threading.excepthook = lambda _: None  # TensorBoard's writer: what fails there fails here, too
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         if args.eval_only:
