@@ -183,7 +183,7 @@ def test_a_killed_run_resumes_to_the_same_bits_chance_included(tmp_path):
         assert result["environment"] == "stochastic" and result["args"]["s_churn"] == 1.0
         assert saved["script"] == "jedi_atari_stochastic"
         weights = {k: v.numpy().tobytes() for k, v in saved["agent"].items()}
-        played = saved["collector"]["actions"].tolist(), saved["collector"]["frame"].tolist()
+        played = saved["collector"]["actions"].tolist(), saved["collector"]["checksum"]
         outcomes.append((result["returns"], result["lengths"], played, weights))
     assert outcomes[0] == outcomes[1]
 
