@@ -1126,17 +1126,16 @@ def make_schedule(args: Args, first_steps: int) -> list[tuple[int, list[str], bo
     the parts that it updates, in order, and whether it is evaluated. Pre-training comes first [D]:
     a policy in an untrained dream collapses, and an untrained encoder shows no rewards."""
 
-    def mix(diffusion: int, reward: int) -> list[str]:
-        # DEVIATION 2: DIAMOND updates one part, then the other. Here the reward updates move the
+    def world_model(diffusion: int, reward: int) -> list[str]:
+        # DEVIATION 2: DIAMOND makes all diffusion updates first. Here the reward updates move the
         # encoder: a policy right after them would play in a dream that does not know it.
-        places = [((i + 1) / reward, 0, "reward") for i in range(reward)]
-        places += [((i + 1) / diffusion, 1, "diffusion") for i in range(diffusion)]
-        return [part for *_, part in sorted(places)]
+        half = diffusion // 2
+        return ["diffusion"] * (diffusion - half) + ["reward"] * reward + ["diffusion"] * half
 
-    half = args.first_diffusion_updates // 2
-    pre = ["diffusion"] * half + mix(args.first_diffusion_updates - half, args.first_reward_updates)
+    pre = world_model(args.first_diffusion_updates, args.first_reward_updates)
     pre += ["policy"] * args.first_policy_updates
-    later = mix(args.diffusion_updates, args.reward_updates) + ["policy"] * args.policy_updates
+    later = world_model(args.diffusion_updates, args.reward_updates)
+    later += ["policy"] * args.policy_updates
     size, epochs = len(later) or len(pre) or 1, [(0, [], True)]
     for i in range(0, len(pre), size):
         epochs.append((first_steps, pre[i : i + size], i + size >= len(pre)))

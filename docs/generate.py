@@ -485,7 +485,7 @@ The actor-critic's is the mean of -ln pi(a) (G - V), here ln 6 G, plus that of (
 advantage is a weight: neither passes a gradient on to the value, and nothing reaches the encoder.
 
 Each `update` clips the gradient and makes one step of AdamW (`make_optimizer`). `make_schedule` says which updates an
-epoch makes after its play: {args.diffusion_updates} of diffusion and {args.reward_updates} of reward, mixed, then
+epoch makes after its play: {args.diffusion_updates} of diffusion, with {args.reward_updates} of reward between their two halves, then
 {args.policy_updates} of policy in the tiny preset. What they log is in [metrics.md](metrics.md).
 """
 

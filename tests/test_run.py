@@ -212,35 +212,28 @@ def test_the_schedule_does_what_the_arguments_say(micro, changes):
     size = args.diffusion_updates + args.reward_updates + args.policy_updates
     assert all(len(parts) == size for _, parts, _ in first[:-1])
     assert [evaluated for *_, evaluated in first] == [False] * (cut - 1) + [True] * (cut > 0)
-    # The world model before the policy; the first half of its diffusion updates before any reward update.
-    half = args.first_diffusion_updates // 2
-    world = [part for part in flat if part != "policy"]
-    assert flat == world + ["policy"] * args.first_policy_updates
-    assert world[:half] == ["diffusion"] * half
-    assert_mixed(world[half:])
+    # The world model before the policy; the reward updates between the two halves of diffusion's.
+    assert flat[: len(flat) - args.first_policy_updates] == in_the_middle(
+        args.first_diffusion_updates, args.first_reward_updates
+    )
+    assert set(flat[len(flat) - args.first_policy_updates :]) <= {"policy"}
     played = 90
     for number, (steps, parts, evaluated) in enumerate(later, 1):
         played = min(played + args.epoch_steps, args.total_steps)
         assert steps == played
-        world = [part for part in parts if part != "policy"]
+        world = in_the_middle(args.diffusion_updates, args.reward_updates)
         assert parts == world + ["policy"] * args.policy_updates
-        assert world.count("diffusion") == args.diffusion_updates
-        assert world.count("reward") == args.reward_updates
-        assert_mixed(world)
         assert evaluated == (number % args.eval_every == 0 and number < later_count)
     assert not later or played == args.total_steps
 
 
-def assert_mixed(world: list[str]) -> None:
-    """As even as whole updates allow, and a diffusion update at the end: against a naive count."""
-    total = collections.Counter(world)
-    done = collections.Counter()
-    for part in world:
-        done[part] += 1
-        shares = [done[p] / n for p, n in total.items()]
-        assert max(shares) - min(shares) <= max(1 / n for n in total.values()) + 1e-9
-    if total["diffusion"] and total["reward"]:
-        assert world[-1] == "diffusion"
+def in_the_middle(diffusion: int, reward: int) -> list[str]:
+    """Half of the diffusion updates, the odd one with them; all reward updates; the other half."""
+    world = []
+    for i in range(diffusion):
+        world += ["reward"] * reward if 2 * i >= diffusion and "reward" not in world else []
+        world.append("diffusion")
+    return world if "reward" in world or not reward else world + ["reward"] * reward
 
 
 def test_the_papers_schedule():
