@@ -511,7 +511,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).flatten(2).reshape(b, 3, self.heads, c // self.heads, h * w)
         q, k, v = qkv.transpose(3, 4).unbind(1)
         y = F.scaled_dot_product_attention(q, k, v)
-        # The residual is the NORMALISED input [D]: it keeps R_psi's LSTM from saturating.
+        # The residual is added to the normalised input [D].
         return x + self.out(y.transpose(2, 3).reshape(b, c, h, w))
 
 
@@ -589,7 +589,8 @@ class RewardTerminationModel(nn.Module):
         x = self.conv_in(pairs.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             x = block(x, cond)
-        return x.reshape(*actions.shape, -1)
+        # DEVIATION 10: what ten blocks add up to grows; unnormalised it saturates the LSTM.
+        return F.group_norm(x, max(1, x.shape[1] // 32)).reshape(*actions.shape, -1)
 
     def forward(self, z: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """As above -> reward logits (B, T, 3) for -1, 0, 1 and end logits (B, T, 2)."""

@@ -130,6 +130,18 @@ def normalised_before_clamp():
     return common.replaced(jedi.Encoder, forward=normalised)
 
 
+def unnormalised_rewards():
+    """The reward/termination model's blocks straight into its LSTM, as in DIAMOND's code."""
+
+    def features(self, z, actions):
+        x = self.conv_in(torch.cat([z[:, :-1], z[:, 1:]], dim=2).flatten(0, 1))
+        for block in self.blocks:
+            x = block(x, self.action_embedding(actions.flatten()))
+        return x.reshape(*actions.shape, -1)
+
+    return common.replaced(jedi.RewardTerminationModel, features=features)
+
+
 def no_denoising_gradient():
     """The encoder learns from rewards and terminations alone."""
     loss = jedi.diffusion_loss
@@ -212,6 +224,7 @@ VARIANTS: dict[str, Variant] = {
     "plain latents, the papers'": Variant(BASES["plain"]),
     "centred latents": Variant(BASES["centred"]),
     "group norm before the clamp": Variant(change=normalised_before_clamp),
+    "no group norm before the reward LSTM": Variant(change=unnormalised_rewards),
     "sigma_data 1": Variant({"sigma_data": 1.0}),
     "no offset noise": Variant({"sigma_offset": 0.0}),
     "reward noise 0.2": Variant({"reward_noise": 0.2}),

@@ -175,6 +175,21 @@ def test_two_runs_at_once_come_to_what_one_alone_comes_to(tmp_path, monkeypatch)
 
 
 @torch.no_grad()
+def test_no_group_norm_before_the_reward_lstm(agent):
+    """The same features but for their mean and scale."""
+    torch.manual_seed(0)
+    z, actions = torch.randn(2, 5, *jedi.LATENT_SHAPE), torch.randint(3, (2, 4))
+    normalised = agent.reward.features(z, actions)
+    with ablations.unnormalised_rewards():
+        plain = agent.reward.features(z, actions)
+    centred = plain - plain.mean(-1, keepdim=True)
+    assert not torch.allclose(plain, normalised, atol=0.1)
+    assert torch.allclose(
+        centred / centred.std(-1, correction=0, keepdim=True), normalised, atol=1e-3
+    )
+
+
+@torch.no_grad()
 def test_end_probability(micro):
     """A window at a time by hand; ends and other steps count alike; only the last k latents are imagined."""
     args = replace(micro, s_churn=0.0)

@@ -316,7 +316,9 @@ def test_a_network_of_another_size_is_refused(capsys, empty_folder):
         folder,
         dict(script="jedi_atari", agent=jedi.Agent(6, jedi.Args(**MICRO)).state_dict(), epoch=1),
     )
-    assert "sizes of the networks" in refused(["--eval-only", str(folder), "--lstm-size", "8"], capsys)
+    assert "sizes of the networks" in refused(
+        ["--eval-only", str(folder), "--lstm-size", "8"], capsys
+    )
 
 
 @pytest.mark.parametrize("text", ['{"learning_rates": 3}', "[1]", "not JSON", ""])

@@ -143,6 +143,20 @@ def test_warm_up_is_linear(agent, micro):
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
 
 
+def test_the_reward_models_lstm_sees_features_of_one_scale(agent, micro):
+    """Whatever the blocks add up to: zero mean, unit variance for each transition; no gate near its bounds."""
+    torch.manual_seed(0)
+    z, actions = torch.randn(4, 6, *jedi.LATENT_SHAPE).clamp(-1, 1), torch.randint(3, (4, 5))
+    with torch.no_grad():
+        agent.reward.conv_in.weight.mul_(100)
+        features = agent.reward.features(z, actions)
+        hidden = agent.reward.lstm(features)[0]
+    assert features.mean(-1).abs().max() < 1e-4 and torch.allclose(
+        features.std(-1), torch.ones(4, 5), atol=0.01
+    )
+    assert hidden.abs().max() < 0.95
+
+
 @pytest.mark.parametrize(("part", "limit"), [("diffusion", 1.0), ("reward", 100.0)])
 def test_gradients_are_clipped_at_diamonds_norms(agent, micro, monkeypatch, part, limit):
     """And the metric is the norm before that; nothing else changes the gradient."""
