@@ -416,7 +416,7 @@ Mean squared error of the sample over that of saying that nothing changes: {g3(e
 """
 
 
-def walk_imagination(walk: Walk) -> tuple[str, jedi.Imagined, jedi.Windows]:
+def walk_imagination(walk: Walk) -> tuple[str, jedi.Windows]:
     args, h, batch = walk.args, walk.args.horizon, walk.draw(walk.args.context_frames, False)
     torch.manual_seed(DREAM)
     dream = jedi.imagine(walk.agent, batch, args)
@@ -448,10 +448,10 @@ The heads of policy and value are zero too, so that actions are uniform and V is
 what a V of 0.5 everywhere would give. With V = 0 a reward counts gamma lambda = {g3(args.gamma * args.td_lambda)} times
 as much with each step that it lies ahead. An end cuts off all that follows it.
 """
-    return text, dream, batch
+    return text, batch
 
 
-def walk_losses(walk: Walk, dream: jedi.Imagined, batch: jedi.Windows) -> str:
+def walk_losses(walk: Walk, batch: jedi.Windows) -> str:
     args, size = walk.args, walk.args.context_frames + walk.args.reward_window - 1
     windows = walk.replay.sample_transitions(args.batch_size, size)
     rewarded = (windows.rewards[:, :-1] != 0)[windows.mask].float().mean()
@@ -460,6 +460,8 @@ def walk_losses(walk: Walk, dream: jedi.Imagined, batch: jedi.Windows) -> str:
     reward_loss = walk.update("reward", 0, windows)["loss"]
     encoder = gradient_norm(walk.agent.encoder)
     values = torch.zeros(args.batch_size, args.horizon + 1)
+    torch.manual_seed(DREAM)
+    dream = jedi.imagine(walk.agent, batch, args)  # once more: the reward update moved it a little
     g = jedi.lambda_returns(dream.rewards, dream.ends, values, args.gamma, args.td_lambda)
     g, entropy = g[dream.alive], math.log(walk.agent.policy.policy.out_features)
     torch.manual_seed(DREAM)
@@ -503,8 +505,8 @@ the file: z latent, sigma noise level, D denoiser, F its inner network, B batch,
     text = [head, *(make(walk) for make in (walk_window, walk_latents, walk_loss))]
     fresh = walk.after_first_look()
     text += [walk_switching(walk), walk_sampling(walk, fresh)]
-    imagination, dream, batch = walk_imagination(walk)
-    text += [imagination, walk_losses(walk, dream, batch)]
+    imagination, batch = walk_imagination(walk)
+    text += [imagination, walk_losses(walk, batch)]
     return "\n\n".join(filled(x) for part in text for x in part.strip().split("\n\n")) + "\n"
 
 
