@@ -70,7 +70,7 @@ class BadInput(ValueError):
 
 
 # ---- 1. Arguments: every number, its range, its meaning and its source ---------------------------
-TINY, MANY = 1e-12, 10**9  # above 0; far above any use: a slip of the keyboard becomes a message
+TINY, MANY = 1e-12, 10**9  # above 0; far above any use: a typing error is refused
 
 
 def num(default: float, low: float, high: float):
@@ -121,7 +121,7 @@ class Args:
     lstm_size: int = num(512, 1, 4_096)  # of R_psi's and the policy's LSTM [D]
     latent_norm: Literal["none", "center"] = "none"  # none [P]; center: less a running mean [C]
     # --- diffusion
-    sigma_data: float = num(0.5, TINY, 1_000)  # assumed std; real: diffusion/latent_std [D, C]
+    sigma_data: float = num(0.5, TINY, 1_000)  # latents' assumed standard deviation [D, C]
     sigma_offset: float = num(0.3, 0, 1_000)  # scale of the noise shared by a whole channel [D]
     noise_mean: float = num(-0.4, -1_000, 1_000)  # mean of ln(sigma) in training [E]
     context_frames: int = num(4, 1, 1_000)  # latents and actions the denoiser sees [D]
@@ -133,7 +133,7 @@ class Args:
     s_churn: float = num(1.0, 0, 1_000)  # noise put back at each step; 1 for stochastic games [P]
     # --- learning
     learning_rate: float = num(1e-4, TINY, 1)  # of all three AdamW optimisers [D]
-    encoder_lr_scale: float = num(0.3, TINY, 1_000)  # a moving target is hard: slower [P]
+    encoder_lr_scale: float = num(0.3, TINY, 1_000)  # the encoder's rate over --learning-rate [P]
     warmup_updates: int = num(100, 0, MANY)  # linear learning-rate warm-up of each optimiser [D]
     reward_noise: float = num(0.0, 0, 1_000)  # largest noise on the reward model's inputs [C]
     reward_window: int = num(15, 1, 1_000)  # frames after the context in a reward window [D]
@@ -270,7 +270,7 @@ class Game(gym.Wrapper):
 
 def make_env(args: Args) -> Game:
     """The environment of `args.env_id`; swap this function to play something else. Raises
-    `BadInput` for an unknown game, other observations than RGB frames, actions without end."""
+    `BadInput` for an unknown game, other observations than RGB frames, continuous actions."""
     gym_id, _ = resolve_env_id(args.env_id)
     atari = gym_id.startswith("ALE/")
     plain = dict(frameskip=1, repeat_action_probability=0.0, full_action_space=False)
@@ -283,7 +283,7 @@ def make_env(args: Args) -> Game:
     if space.dtype != np.uint8 or space.shape is None or space.shape[2:] != (3,):
         raise BadInput(f"{args.env_id} shows {space}; uint8 RGB frames are needed")
     if not (isinstance(actions, gym.spaces.Discrete) and actions.start == 0):
-        raise BadInput(f"{args.env_id} takes {actions}; finite actions are needed, Discrete(n)")
+        raise BadInput(f"{args.env_id} takes {actions}; discrete actions are needed, Discrete(n)")
     return Game(env, args, atari)
 
 
@@ -369,8 +369,8 @@ class ReplayBuffer:
         return self._cut(episode, stop - length, length, stop)
 
     def sample_transitions(self, batch_size: int, length: int) -> Windows:
-        """Windows of `length` transitions (`length` + 1 frames) that may overlap both ends of an
-        episode; `mask` (B, length) marks the real ones, each with its two frames."""
+        """Windows of `length` transitions (`length` + 1 frames) that may run past an episode's end;
+        `mask` (B, length) marks the real ones, each with its two frames."""
         # DEVIATION 5: a window that would begin before its episode begins with it, the padding at
         # its end. DIAMOND runs its LSTM over the padding, whose zeros change the state.
         episode, count, step, place = self._draw(batch_size, length, final=False)
@@ -746,7 +746,7 @@ def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[T
     assert batch.mask.shape[1] == batch.frames.shape[1] - 1
     z = agent.encode(batch.frames)
     if args.reward_noise > 0:
-        # DEVIATION 8: who has only seen true latents does not know the rewards of imagined ones.
+        # DEVIATION 8: trained on true latents alone, R_psi misses the rewards of imagined ones.
         level = args.reward_noise * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
         z = z + level * torch.randn(z.shape, device=z.device)
     reward_logits, end_logits = agent.reward(z, batch.actions[:, :-1])
@@ -857,7 +857,7 @@ class Progress(tqdm):
     """A bar on a terminal; elsewhere a plain line every 30 s."""
 
     def __init__(self, iterable=None, **options):
-        self.terminal = sys.stdout.isatty()
+        self.terminal = bool(sys.stdout and sys.stdout.isatty())
         options["mininterval"] = options["delay"] = 0.2 if self.terminal else 30
         super().__init__(iterable, file=sys.stdout, miniters=0, leave=False, **options)
 
@@ -898,7 +898,7 @@ class Collector:
         """The same with a given action."""
         frame, reward, terminated, truncated, info = self.env.step(action)
         self.actions.append(action)
-        self.checksum = zlib.crc32(frame, self.checksum)  # of all frames
+        self.checksum = zlib.crc32(frame, self.checksum)  # of all frames that a step led to
         self.steps, self.episode_return = self.steps + 1, self.episode_return + reward
         self.reward_counts[int(np.sign(reward)) + 1] += 1
         replay.add(self.frame, action, reward, info["end"], frame if info["stop"] else None)
@@ -1045,11 +1045,6 @@ def open_run_dir(args: Args) -> Iterator[Path]:
             raise BadInput(f"{run_dir} is finished; --eval-only plays more games with it")
         if (run_dir / "checkpoint.pt").exists() and not args.resume:
             raise BadInput(f"{run_dir} already holds a run; --resume carries it on")
-        old = vars(load_args(run_dir) if (run_dir / "args.json").exists() and args.resume else args)
-        for key in set(old) - {"run_dir", "resume", "device", "compile", "precision", "track"}:
-            if old[key] != getattr(args, key):
-                flag = "--" + key.replace("_", "-")
-                raise BadInput(f"{run_dir} was begun with {flag} {old[key]}; leave it as it is")
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "wb")
     except OSError as error:
@@ -1075,18 +1070,22 @@ def save_checkpoint(run_dir: Path, content: dict) -> None:
     write_atomically(path, archive.getbuffer())
 
 
-def load_checkpoint(run_dir: Path) -> dict:
-    """Read checkpoint.pt onto the host, as data, never as code. `BadInput` names the one before."""
+def load_checkpoint(run_dir: Path, args: Args | None = None) -> dict:
+    """Read checkpoint.pt onto the host, as data, never as code. Raises `BadInput`."""
     path, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"
     try:
         if zipfile.ZipFile(path).testzip():  # PyTorch does not look at the checksums inside
             raise ValueError("its checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        script, old = saved["script"], json.loads(saved["args"])
     except Exception as error:
         remedy = f"; the one before it: mv {previous} {path}" if previous.exists() else ""
         raise BadInput(f"{path} is missing, cut short, altered or no data{remedy}") from error
-    if saved["script"] != Path(__file__).stem:
-        raise BadInput(f"{path} was written by {saved['script']}.py; use that script")
+    if script != Path(__file__).stem:
+        raise BadInput(f"{path} was written by {script}.py; use that script")
+    for key in set(old) - {"run_dir", "resume", "device", "compile", "precision", "track"}:
+        if args and old[key] != getattr(args, key):
+            raise BadInput(f"{run_dir} was begun with {key} {old[key]}; leave it as it is")
     return saved
 
 
@@ -1101,7 +1100,7 @@ class Log:
             wandb.init(**options, sync_tensorboard=True, resume="auto")
         from torch.utils.tensorboard import SummaryWriter  # takes a second: not for --help
 
-        for path in run_dir.glob("events.*"):  # written anew, as far as the checkpoint goes
+        for path in run_dir.glob("events.out.tfevents.*"):  # written anew
             path.unlink()
         self.file, self.writer = open(run_dir / "metrics.jsonl", "w"), SummaryWriter(str(run_dir))
         for line in before.splitlines():
@@ -1217,7 +1216,7 @@ def print_plan(args: Args, agent: Agent, bf16: bool) -> None:
     print(
         f"parameters  {', '.join(f'{n} {sizes[n]:,}' for n in sizes)}, all {sum(sizes.values()):,}"
     )
-    print(f"epochs      {len(epochs):,}, of {args.total_steps:,} environment steps")
+    print(f"epochs      {len(epochs):,} at most; {args.total_steps:,} environment steps in all")
     print(f"updates     {', '.join(f'{part} {updates[part]:,}' for part in PARTS)}")
     print(f"games       {games:,} in evaluations")
     print(f"replay      {args.total_steps * IMAGE_SIZE**2 * 3:,} bytes of memory", flush=True)
@@ -1235,12 +1234,12 @@ def train(args: Args) -> dict:
     )
     replay = ReplayBuffer(int(1.1 * args.total_steps) + 1_000, device)
     if args.compile:
-        # The networks, not the losses: a rollout calls one 45 times and would compile for minutes.
+        # The networks, not the losses: a rollout calls the denoiser 45 times, minutes to compile.
         agent.encoder.forward = torch.compile(agent.encoder.forward, dynamic=False)
         agent.denoiser.forward = torch.compile(agent.denoiser.forward, dynamic=False)
         agent.reward.features = torch.compile(agent.reward.features, dynamic=False)
     with open_run_dir(args) as run_dir:
-        saved = load_checkpoint(run_dir) if (run_dir / "checkpoint.pt").exists() else None
+        saved = load_checkpoint(run_dir, args) if (run_dir / "checkpoint.pt").exists() else None
         print(f"run folder  {run_dir}")
         print_plan(args, agent, bf16)
         state = dict(epoch=-1, first_steps=args.first_steps_min, untrained="", wall_seconds=0.0)
@@ -1255,9 +1254,8 @@ def train(args: Args) -> dict:
             if device.type == "cuda" and saved["rng"]["cuda"] is not None:
                 torch.cuda.set_rng_state(saved["rng"]["cuda"])
             print(f"resumed after epoch {state['epoch']}, {collector.steps:,} steps", flush=True)
-        else:
-            write_atomically(run_dir / "args.json", vars(args))
-            (run_dir / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
+        write_atomically(run_dir / "args.json", vars(args))
+        (run_dir / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
         log = Log(run_dir, args, saved["metrics"] if saved else "")
         begun -= state["wall_seconds"]
 
@@ -1277,7 +1275,7 @@ def train(args: Args) -> dict:
                 state["updates"][part] += 1
             metrics = {f"{p}/{k}": s.item() / parts.count(p) for (p, k), s in sums.items()}  # SYNC
             if bad := [key for key, value in metrics.items() if not math.isfinite(value)]:
-                raise FloatingPointError(f"{title}: not finite: {bad}; the last checkpoint is fine")
+                raise FloatingPointError(f"{title}: not finite: {bad}; no checkpoint holds that")
 
             metrics |= {f"charts/{part}_updates": n for part, n in state["updates"].items()}
             metrics["charts/episodic_return"] = np.mean(games) if games else None
@@ -1294,7 +1292,8 @@ def train(args: Args) -> dict:
             if time.monotonic() - saved_at > CHECKPOINT_SECONDS or epoch + 1 == len(schedule):
                 saved_at = time.monotonic()
                 state["wall_seconds"] = saved_at - begun
-                content = dict(script=Path(__file__).stem, **state, agent=agent.state_dict())
+                content = dict(script=Path(__file__).stem, args=json.dumps(vars(args)), **state)
+                content["agent"] = agent.state_dict()
                 content["optimizers"] = {p: o.state_dict() for p, o in optimizers.items()}
                 content["metrics"] = (run_dir / "metrics.jsonl").read_text()
                 content["collector"] = collector.state_dict()
@@ -1337,10 +1336,10 @@ def write_result(
     print("prediction error / error of predicting no change, 1, 2, 3, ... imagined steps ahead:")
     for title, key in (("untrained", "open_loop_ratio_untrained"), ("now", "open_loop_ratio")):
         print(f"  {title:<9} " + " ".join(f"{ratio:.2f}" for ratio in result[key] or ()))
-    share, steps = measures["reward_recall"] or 0, measures["rewarded_steps"]
-    print(f"rewarded steps recognised: {share:.0%} of {steps}, {run_dir}/result.json has the rest")
+    share, seen = measures["reward_recall"] or 0, measures["rewarded_steps"]
+    print(f"rewarded steps recognised: {share:.0%} of {seen}")
     now, before = final["mean_return"], untrained["mean_return"]
-    print(f"return {now:.1f} +- {final['std_return']:.1f}, untrained {before:.1f}", flush=True)
+    print(f"return {now:.1f} +- {final['std_return']:.1f}, untrained {before:.1f}; {run_dir}")
     return result
 
 
@@ -1354,7 +1353,8 @@ def eval_only(args: Args) -> dict:
     found = evaluate(agent, args, args.final_episodes, -1, "evaluation")
     result = dict(env_id=args.env_id, seed=args.seed, epoch=saved["epoch"], **found)
     write_atomically(Path(args.eval_only) / time.strftime("eval_%Y%m%d-%H%M%S.json"), result)
-    print(f"return {found['mean_return']:.1f} +- {found['std_return']:.1f}")
+    spread = f"{found['mean_return']:.1f} +- {found['std_return']:.1f}"
+    print(f"{args.env_id}, {args.final_episodes} games: return {spread}")
     return result
 
 
@@ -1371,7 +1371,7 @@ def parse_args(argv: list[str]) -> Args:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for bad input, 1 for a failure."""
-    threading.excepthook = lambda _: None  # TensorBoard's writer: what fails there fails here, too
+    threading.excepthook = lambda e: issubclass(e.exc_type, OSError) or threading.__excepthook__(e)
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         if args.eval_only:
@@ -1388,7 +1388,7 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, FloatingPointError) as error:
         status, text = 1, f"failed: {error}"
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         status, text = 1, "out of memory; try a smaller --batch-size, width or --total-steps"
     print(f"{Path(__file__).name}: {text}", file=sys.stderr)

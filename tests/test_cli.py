@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 
 import pytest
@@ -76,7 +77,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(capsys, empty_folder):
     schedule = jedi.make_schedule(jedi.Args(**MICRO), MICRO["first_steps_min"])
     for part in jedi.PARTS:
         assert f"{part} {sum(parts.count(part) for _, parts, _ in schedule):,}" in out
-    assert f"{130 * 64 * 64 * 3:,} bytes" in out and f"{len(schedule)}, of 130 env" in out
+    assert f"{130 * 64 * 64 * 3:,} bytes" in out and f"{len(schedule)} at most; 130 env" in out
 
 
 # What is refused, and what the message must say.
@@ -221,7 +222,8 @@ def make_run(folder, **changes):
     args = jedi.Args(**MICRO | dict(run_dir=str(folder)) | changes)
     folder.mkdir()
     jedi.write_atomically(folder / "args.json", vars(args))
-    jedi.save_checkpoint(folder, {"script": "jedi_atari", "epoch": 1})
+    content = dict(script="jedi_atari", args=json.dumps(vars(args)), epoch=1)
+    jedi.save_checkpoint(folder, content)
     return folder
 
 
@@ -305,17 +307,15 @@ def test_a_checkpoint_with_code_in_it_is_refused(capsys, empty_folder):
 
 def test_a_checkpoint_of_the_other_script_is_refused(capsys, empty_folder):
     folder = make_run(empty_folder / "old")
-    jedi.save_checkpoint(folder, {"script": "jedi_atari_stochastic", "epoch": 1})
+    jedi.save_checkpoint(folder, {"script": "jedi_atari_stochastic", "args": "{}", "epoch": 1})
     err = refused(["--resume", "--run-dir", str(folder)], capsys)
     assert "jedi_atari_stochastic.py" in err
 
 
 def test_a_network_of_another_size_is_refused(capsys, empty_folder):
     folder = make_run(empty_folder / "old")
-    jedi.save_checkpoint(
-        folder,
-        dict(script="jedi_atari", agent=jedi.Agent(6, jedi.Args(**MICRO)).state_dict(), epoch=1),
-    )
+    agent = jedi.Agent(6, jedi.Args(**MICRO)).state_dict()
+    jedi.save_checkpoint(folder, dict(script="jedi_atari", args="{}", agent=agent, epoch=1))
     assert "sizes of the networks" in refused(
         ["--eval-only", str(folder), "--lstm-size", "8"], capsys
     )

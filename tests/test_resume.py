@@ -368,7 +368,7 @@ def test_a_finished_run_is_refused(reference, tmp_path):
 @pytest.fixture(scope="module")
 def small_checkpoint(tmp_path_factory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("checkpoint")
-    content = dict(script="jedi_atari", weights=torch.randn(50), numbers=[1, 2.5, None, "x"])
+    content = dict(script="jedi_atari", args="{}", weights=torch.randn(50), numbers=[1, 2.5, "x"])
     jedi.save_checkpoint(folder, content)
     return folder, (folder / "checkpoint.pt").read_bytes()
 
@@ -403,14 +403,14 @@ def test_a_checkpoint_with_any_byte_altered_is_named_or_the_same(small_checkpoin
 def test_the_message_names_the_checkpoint_before(small_checkpoint):
     folder, good = small_checkpoint
     (folder / "checkpoint.pt").write_bytes(good)
-    jedi.save_checkpoint(folder, dict(script="jedi_atari", numbers=[2]))
+    jedi.save_checkpoint(folder, dict(script="jedi_atari", args="{}", numbers=[2]))
     previous = folder / "checkpoint.prev.pt"
     assert previous.read_bytes() == good
     (folder / "checkpoint.pt").write_bytes(b"")
     with pytest.raises(jedi.BadInput, match=r"mv \S*checkpoint\.prev\.pt \S*checkpoint\.pt"):
         jedi.load_checkpoint(folder)
     previous.replace(folder / "checkpoint.pt")
-    assert jedi.load_checkpoint(folder)["numbers"] == [1, 2.5, None, "x"]
+    assert jedi.load_checkpoint(folder)["numbers"] == [1, 2.5, "x"]
 
 
 def resident_bytes() -> int:

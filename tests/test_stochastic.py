@@ -218,7 +218,7 @@ def test_frame_skips_given_the_wrong_way_round_are_the_same():
 
 
 def test_a_checkpoint_of_the_main_script_is_refused(tmp_path, capsys):
-    jedi.save_checkpoint(tmp_path, {"script": "jedi_atari"})
+    jedi.save_checkpoint(tmp_path, {"script": "jedi_atari", "args": "{}"})
     stochastic.write_atomically(tmp_path / "args.json", vars(stochastic.Args()))
     for argv in (["--resume", "--run-dir", str(tmp_path)], ["--eval-only", str(tmp_path)]):
         assert stochastic.main(argv) == 2
