@@ -1029,8 +1029,8 @@ def load_args(run_dir: Path) -> Args:
 
 
 @contextlib.contextmanager
-def open_run_dir(args: Args) -> Iterator[Path]:
-    """The run folder, locked. Raises `BadInput` rather than touch another run's files."""
+def open_run_dir(args: Args) -> Iterator[tuple[Path, dict | None]]:
+    """The run folder, locked, and its checkpoint. `BadInput` rather than touch another run."""
     name = f"{resolve_env_id(args.env_id)[1]}__{Path(__file__).stem}__{args.seed}"
     run_dir = Path(args.run_dir or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
     try:
@@ -1038,6 +1038,7 @@ def open_run_dir(args: Args) -> Iterator[Path]:
             raise BadInput(f"{run_dir} is finished; --eval-only plays more games with it")
         if (run_dir / "checkpoint.pt").exists() and not args.resume:
             raise BadInput(f"{run_dir} already holds a run; --resume carries it on")
+        saved = load_checkpoint(run_dir, args) if (run_dir / "checkpoint.pt").exists() else None
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "wb")
     except OSError as error:
@@ -1051,7 +1052,7 @@ def open_run_dir(args: Args) -> Iterator[Path]:
             raise BadInput(f"another process is at work in {run_dir}") from None
         except (ImportError, OSError):  # Windows and some file systems have no locks: go without
             pass
-        yield run_dir
+        yield run_dir, saved
 
 
 def save_checkpoint(run_dir: Path, content: dict) -> None:
@@ -1231,8 +1232,7 @@ def train(args: Args) -> dict:
         agent.encoder.forward = torch.compile(agent.encoder.forward, dynamic=False)
         agent.denoiser.forward = torch.compile(agent.denoiser.forward, dynamic=False)
         agent.reward.features = torch.compile(agent.reward.features, dynamic=False)
-    with open_run_dir(args) as run_dir:
-        saved = load_checkpoint(run_dir, args) if (run_dir / "checkpoint.pt").exists() else None
+    with open_run_dir(args) as (run_dir, saved):
         print(f"run folder  {run_dir}")
         print_plan(args, agent, bf16)
         state = dict(epoch=-1, first_steps=args.first_steps_min, untrained="", wall_seconds=0.0)

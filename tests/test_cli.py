@@ -277,7 +277,7 @@ def test_resume_begins_in_a_folder_that_is_missing_or_empty(exists, micro, empty
     if exists:
         (empty_folder / "r").mkdir()
     args = dataclasses.replace(micro, run_dir="r", resume=True)
-    with jedi.open_run_dir(args) as run_dir:
+    with jedi.open_run_dir(args) as (run_dir, _):
         assert [p.name for p in run_dir.iterdir()] == [".lock"]
 
 

@@ -314,7 +314,7 @@ def test_a_file_system_without_locks_stops_nobody(micro, tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     args = jedi.dataclasses.replace(micro, run_dir=str(tmp_path / "r"))
-    with jedi.open_run_dir(args) as run_dir:
+    with jedi.open_run_dir(args) as (run_dir, _):
         assert run_dir.is_dir()
 
 
