@@ -997,10 +997,11 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
         error, no_change = (x[:, n:].square().mean((0, 2, 3, 4)) for x in errors)
         found["open_loop_ratio"] = (error / no_change.clamp(min=1e-12)).tolist()
     windows = heldout.all_windows(min(n + 5, longest), stride=1, count=64, rewarded=True)
+    true = agent.encode(windows.frames)
     for k in (0, 1, 3, 5):
         found[f"reward_prob_{k}"] = None
         if n + k <= longest and len(windows.frames):
-            z = open_loop(agent, agent.encode(windows.frames), windows.actions, k, args)
+            z = open_loop(agent, true, windows.actions, k, args)
             logits, _ = agent.reward(z, windows.actions[:, :-1])
             sign = windows.rewards[:, -2:-1].sign().long() + 1
             found[f"reward_prob_{k}"] = logits[:, -1].softmax(-1).gather(1, sign).mean().item()
@@ -1222,10 +1223,8 @@ def train(args: Args) -> dict:
     in fp32 it ends with the same bits. Raises `BadInput`, `FloatingPointError`, `OSError`."""
     begun = saved_at = time.monotonic()
     collector, agent, bf16 = set_up(args)
-    device, optimizers = (
-        agent.norm.mean.device,
-        {part: make_optimizer(agent, part, args) for part in PARTS},
-    )
+    device = agent.norm.mean.device
+    optimizers = {part: make_optimizer(agent, part, args) for part in PARTS}
     replay = ReplayBuffer(int(1.1 * args.total_steps) + 1_000, device)
     if args.compile:
         # The networks, not the losses: a rollout calls the denoiser 45 times, minutes to compile.
