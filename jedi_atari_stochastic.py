@@ -115,9 +115,11 @@ class Args:
     batch_size: int = num(32, 1, 4_096)  # windows per update; the better of 32 and 64 [P]
     # --- networks
     encoder_width: int = num(32, 1, 4_096)  # channels of the encoder's stages, the last has 16 [P]
+    encoder_stride: int = num(1, 1, 2)  # of its first convolution [P]; 2 is far cheaper [C]
     denoiser_width: int = num(160, 1, 4_096)  # channels of the one-level U-Net [P]
     cond_dim: int = num(256, 1, 4_096)  # the denoiser's conditioning vector; R_psi has half [D]
     reward_width: int = num(32, 1, 4_096)  # channels of the reward/termination model [D]
+    reward_blocks: int = num(10, 1, 100)  # its residual blocks, from the ninth with attention [D]
     lstm_size: int = num(512, 1, 4_096)  # of R_psi's and the policy's LSTM [D]
     latent_norm: Literal["none", "center"] = "none"  # none [P]; center: less a running mean [C]
     # --- diffusion
@@ -135,9 +137,9 @@ class Args:
     learning_rate: float = num(1e-4, TINY, 1)  # of all three AdamW optimisers [D]
     encoder_lr_scale: float = num(0.3, TINY, 1_000)  # the encoder's rate over --learning-rate [P]
     warmup_updates: int = num(100, 0, MANY)  # linear learning-rate warm-up of each optimiser [D]
-    reward_noise: float = num(0.0, 0, 1_000)  # largest noise on the reward model's inputs [C]
     reward_window: int = num(15, 1, 1_000)  # frames after the context in a reward window [D]
     horizon: int = num(15, 1, 1_000)  # imagined steps per policy update [P, D]
+    expected_reward: bool = False  # imagined rewards: R_psi's mean [C] rather than samples [D]
     gamma: float = num(0.985, 0, 1)  # discount [D]
     td_lambda: float = num(0.95, 0, 1)  # lambda of the lambda-returns [D]
     entropy_weight: float = num(0.001, 0, 1_000)  # weight of the entropy bonus [D]
@@ -150,22 +152,23 @@ class Args:
 
 PRESETS: dict[str, dict] = {
     "paper": {},
-    "tiny": dict(
-        max_episode_steps=1_200, total_steps=4_300, first_steps_min=4_000, first_steps_max=4_000,
-        first_diffusion_updates=350, first_reward_updates=360, first_policy_updates=20,
-        epoch_steps=150, diffusion_updates=40, reward_updates=40, policy_updates=10,
-        final_epochs=0, batch_size=16, eval_episodes=2, final_episodes=8,
-        encoder_width=8, denoiser_width=48, cond_dim=128, reward_width=16, lstm_size=128,
-        latent_norm="center", reward_noise=0.2, learning_rate=1e-3, encoder_lr_scale=0.03,
-        warmup_updates=20, reward_window=5, horizon=8,
+    "small": dict(
+        max_episode_steps=4_500, total_steps=10_800, first_steps_min=10_000, first_steps_max=10_000,
+        first_diffusion_updates=1_000, first_reward_updates=600, first_policy_updates=40,
+        epoch_steps=200, diffusion_updates=60, reward_updates=60, policy_updates=30,
+        final_epochs=0, batch_size=16, eval_every=2, eval_episodes=8,
+        encoder_width=16, denoiser_width=48, cond_dim=128, reward_width=16, lstm_size=128,
+        latent_norm="center", learning_rate=5e-4, encoder_lr_scale=0.06, warmup_updates=20,
+        reward_window=5, entropy_weight=0.03, horizon=10,
     ),
 }  # fmt: skip
-PRESETS["small"] = PRESETS["tiny"] | dict(
-    max_episode_steps=4_500, total_steps=10_800, first_steps_min=10_000, first_steps_max=10_000,
-    first_diffusion_updates=1_000, first_reward_updates=600, first_policy_updates=40,
-    epoch_steps=200, diffusion_updates=60, reward_updates=60, policy_updates=30,
-    eval_every=2, eval_episodes=8, final_episodes=100,
-    encoder_width=16, learning_rate=5e-4, encoder_lr_scale=0.06, entropy_weight=0.03, horizon=10,
+PRESETS["tiny"] = PRESETS["small"] | dict(
+    max_episode_steps=600, total_steps=25_000, first_steps_min=15_000, first_steps_max=15_000,
+    first_diffusion_updates=500, first_reward_updates=300, first_policy_updates=100,
+    epoch_steps=500, policy_updates=100, reward_updates=40, eval_every=5, eval_episodes=10,
+    final_episodes=40, encoder_stride=2, reward_blocks=3, target_frames=1, noise_mean=1.2,
+    sample_steps=1, learning_rate=1e-3, encoder_lr_scale=0.03, expected_reward=True, gamma=0.95,
+    entropy_weight=0.002,
 )  # fmt: skip
 
 
@@ -436,11 +439,12 @@ class EncoderStage(nn.Module):
 class Encoder(nn.Module):
     """E_phi: 64 x 64 RGB frame -> 16 x 8 x 8 latent in (-3, 3). 34,048 parameters [P]."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, stride: int = 1):
         super().__init__()
-        stages = [m for _ in range(3) for m in (EncoderStage(width, width), nn.MaxPool2d(2))]
-        stages.append(EncoderStage(width, LATENT_SHAPE[0]))
-        self.layers = nn.Sequential(conv3x3(3, width), *stages)
+        # DEVIATION 11: of stride 2, the first convolution takes the place of a stage.
+        parts = [m for _ in range(stride, 4) for m in (EncoderStage(width, width), nn.MaxPool2d(2))]
+        stages = [*parts, EncoderStage(width, LATENT_SHAPE[0])]
+        self.layers = nn.Sequential(nn.Conv2d(3, width, 3, stride, padding=1), *stages)
 
     def forward(self, frames: Tensor) -> Tensor:
         """(N, 64, 64, 3) uint8 -> (N, 16, 8, 8) float32."""
@@ -575,7 +579,8 @@ class RewardTerminationModel(nn.Module):
         self.action_embedding = nn.Embedding(num_actions, cond_dim)
         self.conv_in = conv3x3(2 * LATENT_SHAPE[0], width)
         # Eight blocks, then two with attention; all at 8 x 8, where DIAMOND halves the picture.
-        self.blocks = nn.ModuleList(ResBlock(width, width, cond_dim, i >= 8) for i in range(10))
+        blocks = range(args.reward_blocks)
+        self.blocks = nn.ModuleList(ResBlock(width, width, cond_dim, i >= 8) for i in blocks)
         self.lstm = make_lstm(width * LATENT_SHAPE[1] * LATENT_SHAPE[2], size)
         self.head = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, 5))
         # DEVIATION 7: a bias that says "rewards and ends are rare"; DIAMOND's head has none.
@@ -627,7 +632,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_actions: int, args: Args):
         super().__init__()
-        self.encoder = Encoder(args.encoder_width)
+        self.encoder = Encoder(args.encoder_width, args.encoder_stride)
         self.norm = LatentNorm(args.latent_norm, args.sigma_data)
         self.denoiser = Denoiser(num_actions, args)
         self.reward = RewardTerminationModel(num_actions, args)
@@ -715,7 +720,6 @@ def diffusion_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, di
     """Denoising loss that trains D_theta and, through the context, E_phi [P], on windows of
     context_frames + target_frames frames. Returns it and metrics (detached scalars)."""
     n = args.context_frames
-    assert batch.frames.shape[1] == n + args.target_frames
     latents = agent.latents(batch.frames)
     agent.norm.update(latents.detach(), batch.mask)
     z = agent.norm(latents) * batch.mask[..., None, None, None]
@@ -743,12 +747,7 @@ def diffusion_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, di
 def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, dict]:
     """Cross-entropy of the reward's sign and of termination; trains R_psi and E_phi [P, D], on
     windows from `sample_transitions`: T + 1 frames, mask (B, T) of real transitions."""
-    assert batch.mask.shape[1] == batch.frames.shape[1] - 1
     z = agent.encode(batch.frames)
-    if args.reward_noise > 0:
-        # DEVIATION 8: trained on true latents alone, R_psi misses the rewards of imagined ones.
-        level = args.reward_noise * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
-        z = z + level * torch.randn(z.shape, device=z.device)
     reward_logits, end_logits = agent.reward(z, batch.actions[:, :-1])
     sign, end = batch.rewards[:, :-1].sign().long(), batch.ends[:, :-1].long()
     # (B, T, K) logits -> (B, K, T), as cross_entropy wants its classes
@@ -769,7 +768,7 @@ class Imagined(NamedTuple):
 
     z: Tensor  # (B, H + 1, 16, 8, 8)
     actions: Tensor  # (B, H)
-    rewards: Tensor  # (B, H) in {-1, 0, 1}
+    rewards: Tensor  # (B, H) in {-1, 0, 1}, or in [-1, 1] where they are means
     ends: Tensor  # (B, H) bool
     alive: Tensor  # (B, H) bool: the step was begun before any end
     policy_state: tuple  # LSTM state before z[:, 0]
@@ -791,7 +790,6 @@ def imagine(agent: Agent, start: Windows, args: Args) -> Imagined:
     Rewards and ends feed nothing back into the latents, so R_psi runs once, at the end. DEVIATION
     3: a trajectory that ends is masked from there on; DIAMOND starts it afresh."""
     n = args.context_frames
-    assert start.frames.shape[1] == n
     context = agent.encode(start.frames, start.mask)
     latents, actions = list(context.unbind(1)), list(start.actions[:, : n - 1].unbind(1))
     burn_in = start.mask[:, : n - 1]
@@ -807,7 +805,9 @@ def imagine(agent: Agent, start: Windows, args: Args) -> Imagined:
     reward_state = masked_lstm(agent.reward.lstm, features[:, : n - 1], burn_in)
     hidden, _ = agent.reward.lstm(features[:, n - 1 :], reward_state)
     reward_logits, end_logits = agent.reward.head(hidden).float().split([3, 2], dim=-1)
-    rewards = (sample_categorical(reward_logits) - 1).float()
+    p, sampled = reward_logits.softmax(-1), (sample_categorical(reward_logits) - 1).float()
+    # DEVIATION 8: samples of rewards that R_psi is unsure of are mostly noise; their mean is not.
+    rewards = p[..., 2] - p[..., 0] if args.expected_reward else sampled
     ends = sample_categorical(end_logits).bool()
     ended_before = F.pad(ends, (1, 0))[:, :-1].long().cumsum(1) > 0
     return Imagined(z[:, n - 1 :], taken[:, n - 1 :], rewards, ends, ~ended_before, policy_state)
@@ -853,19 +853,9 @@ def actor_critic_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor,
 
 
 # ---- 8. Playing, and measuring the world model on unseen play ------------------------------------
-class Progress(tqdm):
-    """A bar on a terminal; elsewhere a plain line every 30 s."""
-
-    def __init__(self, iterable=None, **options):
-        self.terminal = bool(sys.stdout and sys.stdout.isatty())
-        options["mininterval"] = options["delay"] = 0.2 if self.terminal else 30
-        super().__init__(iterable, file=sys.stdout, miniters=0, leave=False, **options)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if self.terminal:
-            super().display(msg, pos)
-        elif msg is None:
-            print(self, flush=True)
+def progress(iterable=None, **options) -> tqdm:
+    """A bar on a terminal; in a log nothing, where each epoch has its line."""
+    return tqdm(iterable, file=sys.stdout, leave=False, disable=None, **options)
 
 
 @torch.compiler.set_stance("force_eager")  # each number of games would be compiled anew
@@ -887,10 +877,11 @@ class Collector:
         self.episode_return, self.steps, self.checksum = 0.0, 0, 0
         self.reward_counts = [0, 0, 0]  # steps with a negative, no and a positive reward
 
-    def step(self, agent: Agent, replay: ReplayBuffer) -> list[float]:
-        """Play one step with a little exploration; returns the return of the game if it ended."""
-        (action,), self.lstm = act(agent, [self.frame], self.lstm, 1.0)
-        if torch.rand(()).item() < self.args.epsilon:
+    def step(self, agent: Agent | None, replay: ReplayBuffer) -> list[float]:
+        """Play one step, without an agent at random; returns the game's return if it ended."""
+        if agent:
+            (action,), self.lstm = act(agent, [self.frame], self.lstm, 1.0)
+        if not agent or torch.rand(()).item() < self.args.epsilon:
             action = int(torch.randint(int(self.env.action_space.n), ()).item())
         return self.play(action, replay)
 
@@ -916,7 +907,7 @@ class Collector:
 
     def load_state_dict(self, saved: dict, replay: ReplayBuffer) -> None:
         """Play it all again, thousands of steps a second; `BadInput` if that ends otherwise."""
-        for action in Progress(saved["actions"].tolist(), desc="play again", unit="step"):
+        for action in progress(saved["actions"].tolist(), desc="play again", unit="step"):
             self.play(action, replay)
         if self.checksum != saved["checksum"]:
             raise BadInput(f"{self.args.env_id} goes another way than it did; is ale-py the same?")
@@ -928,10 +919,11 @@ class Collector:
         return self.args.first_steps_min if enough else self.args.first_steps_max
 
 
-def evaluate(agent: Agent, args: Args, episodes: int, number: int = 0, title: str = "") -> dict:
+def evaluate(agent: Agent, args: Args, episodes: int, number: int = 1, title="evaluation"):
     """Play full games: rewards not clipped, lives ignored, actions sampled, no exploration [D];
     each environment a fixed number, so that short games are not over-represented. The world model
-    is measured on the first one's play. `number`: of this evaluation in its run, for its seeds."""
+    is measured on the first one's play. `number`: of this evaluation in its run, for its seeds; in
+    number 0 the policy, whose heads are zero, is uniform: it plays without the networks."""
     seed = 10**9 + (args.seed * 100_003 + number * 1_009 + episodes) % 10**9
     envs = [make_env(args) for _ in range(min(EVAL_ENVS, episodes))]
     todo = [len(range(i, episodes, len(envs))) for i in range(len(envs))]
@@ -939,9 +931,13 @@ def evaluate(agent: Agent, args: Args, episodes: int, number: int = 0, title: st
     heldout = ReplayBuffer(HELDOUT_STEPS, agent.norm.mean.device)
     state, returns, lengths, game = None, [], [], resolve_env_id(args.env_id)[1]
     totals, ages = [0.0] * len(envs), [0] * len(envs)
-    bar = Progress(total=episodes, desc=title, unit="game")
+    print(f"{title}, {episodes} games", flush=True)
+    bar = progress(total=episodes, desc=title, unit="game")
     while any(todo):
-        actions, state = act(agent, frames, state, args.temperature)
+        if number:
+            actions, state = act(agent, frames, state, args.temperature)
+        else:
+            actions = torch.randint(int(envs[0].action_space.n), (len(envs),)).tolist()
         for i in [i for i, left in enumerate(todo) if left]:
             frame, reward, terminated, truncated, info = envs[i].step(actions[i])
             totals[i], ages[i] = totals[i] + reward, ages[i] + 1
@@ -952,12 +948,11 @@ def evaluate(agent: Agent, args: Args, episodes: int, number: int = 0, title: st
                 returns.append(totals[i])
                 lengths.append(ages[i])
                 totals[i], ages[i], todo[i] = 0.0, 0, todo[i] - 1
-                for s in state:
+                for s in state or ():
                     s[:, i] = 0
                 frame, _ = envs[i].reset()
                 bar.update()
             frames[i] = frame
-        bar.update(0)  # a game can take minutes
     bar.close()
     mean, std = float(np.mean(returns)), float(np.std(returns))
     low, high = REFERENCE_SCORES.get(game, (0.0, math.inf))
@@ -1212,12 +1207,10 @@ def print_plan(args: Args, agent: Agent, bf16: bool) -> None:
     sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in agent.named_children()}
     epochs, device = make_schedule(args, args.first_steps_min), agent.norm.mean.device
     updates = collections.Counter(part for _, parts, _ in epochs for part in parts)
-    games = sum(evaluated for *_, evaluated in epochs) * args.eval_episodes + args.final_episodes
+    games = sum(due for *_, due in epochs[1:]) * args.eval_episodes + 2 * args.final_episodes
     print(f"game        {args.env_id}, seed {args.seed}, preset {args.preset}")
     print(f"device      {device}, {'bf16' if bf16 else 'fp32'}, compile {args.compile}")
-    print(
-        f"parameters  {', '.join(f'{n} {sizes[n]:,}' for n in sizes)}, all {sum(sizes.values()):,}"
-    )
+    print("parameters ", *(f"{n} {sizes[n]:,}," for n in sizes), f"all {sum(sizes.values()):,}")
     print(f"epochs      {len(epochs):,} at most; {args.total_steps:,} environment steps in all")
     print(f"updates     {', '.join(f'{part} {updates[part]:,}' for part in PARTS)}")
     print(f"games       {games:,} in evaluations")
@@ -1241,7 +1234,7 @@ def train(args: Args) -> dict:
     with open_run_dir(args) as (run_dir, saved):
         print(f"run folder  {run_dir}")
         print_plan(args, agent, bf16)
-        state = dict(epoch=-1, first_steps=args.first_steps_min, untrained="", wall_seconds=0.0)
+        state = dict(epoch=-1, first_steps=args.first_steps_min, random="", wall_seconds=0.0)
         state["updates"] = dict.fromkeys(PARTS, 0)
         if saved:
             state = {key: saved[key] for key in state}
@@ -1264,10 +1257,10 @@ def train(args: Args) -> dict:
             title, games, sums = f"epoch {epoch}/{len(schedule) - 1}", [], {}
 
             while collector.steps < (steps or collector.first_goal()):
-                games += collector.step(agent, replay)
+                games += collector.step(agent if epoch else None, replay)
             state["first_steps"] = collector.steps if epoch == 0 else state["first_steps"]
 
-            for part in Progress(parts, desc=f"{title} update"):
+            for part in progress(parts, desc=f"{title} update"):
                 number = state["updates"][part]
                 found = update(agent, part, optimizers[part], replay, number, args, bf16)
                 sums |= {(part, k): sums.get((part, k), 0) + v for k, v in found.items()}
@@ -1279,11 +1272,12 @@ def train(args: Args) -> dict:
             metrics |= {f"charts/{part}_updates": n for part, n in state["updates"].items()}
             metrics["charts/episodic_return"] = np.mean(games) if games else None
             if evaluated:
-                found = evaluate(agent, args, args.eval_episodes, epoch, f"{title} evaluate")
+                count = args.eval_episodes if epoch else args.final_episodes  # first, random play
+                found = evaluate(agent, args, count, epoch, f"{title} evaluation")
                 metrics["eval/mean_return"] = found["mean_return"]
                 metrics["eval/mean_length"] = np.mean(found["lengths"])
                 metrics |= {f"wm/{key}": value for key, value in found["measures"].items()}
-                state["untrained"] = state["untrained"] or json.dumps(found)
+                state["random"] = state["random"] or json.dumps(found)
             metrics["time/run"] = time.monotonic() - begun
             log.write({"epoch": epoch, "charts/env_steps": collector.steps, **metrics})
             shown = [f"{key} {metrics[key]:.3g}" for key in SHOWN if metrics.get(key) is not None]
@@ -1308,11 +1302,9 @@ def train(args: Args) -> dict:
         return write_result(run_dir, args, collector.steps, state, final, bf16)
 
 
-def write_result(
-    run_dir: Path, args: Args, steps: int, state: dict, final: dict, bf16: bool
-) -> dict:
-    """Write result.json and show what was learned, measured on games that were not trained on."""
-    untrained, measures = json.loads(state["untrained"]), final["measures"]
+def write_result(run_dir: Path, args: Args, steps: int, state: dict, final: dict, bf16: bool):
+    """Write result.json, return it and show what was learned, on games not trained on."""
+    random, measures = json.loads(state["random"]), final["measures"]
     status, cuda = Path("/proc/self/status"), torch.cuda.max_memory_allocated()
     peak = re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else "")  # Linux
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
@@ -1323,8 +1315,8 @@ def write_result(
         **dict(env_id=args.env_id, script=Path(__file__).stem, seed=args.seed, preset=args.preset),
         **dict(env_steps=steps, updates=state["updates"], environment="stochastic", **final),
         "open_loop_ratio": measures["open_loop_ratio"],
-        "open_loop_ratio_untrained": untrained["measures"]["open_loop_ratio"],
-        **dict(returns_untrained=untrained["returns"], reward_recall=measures["reward_recall"]),
+        "open_loop_ratio_untrained": random["measures"]["open_loop_ratio"],
+        **dict(returns_random=random["returns"], reward_recall=measures["reward_recall"]),
         **dict(wall_seconds=state["wall_seconds"], precision="bf16" if bf16 else "fp32"),
         "peak_memory_bytes": cuda or (peak and 1024 * int(peak[1])),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
@@ -1336,10 +1328,19 @@ def write_result(
     for title, key in (("untrained", "open_loop_ratio_untrained"), ("now", "open_loop_ratio")):
         print(f"  {title:<9} " + " ".join(f"{ratio:.2f}" for ratio in result[key] or ()))
     share, seen = measures["reward_recall"] or 0, measures["rewarded_steps"]
-    print(f"rewarded steps recognised: {share:.0%} of {seen}")
-    now, before = final["mean_return"], untrained["mean_return"]
-    print(f"return {now:.1f} +- {final['std_return']:.1f}, untrained {before:.1f}; {run_dir}")
+    print(f"rewarded steps recognised: {share:.0%} of {seen}; run folder {run_dir}")
+    print(compare(random["returns"], final["returns"]))
     return result
+
+
+def compare(chance: list[float], now: list[float]) -> str:
+    """Mean returns of random play and the agent, with 95% intervals over games, in words."""
+    stats = [(np.mean(x), 1.96 * np.std(x) / math.sqrt(len(x))) for x in (chance, now)]
+    (a, b), (c, d) = ((mean - half, mean + half) for mean, half in stats)
+    verdict = "better" if c > b else "worse" if d < a else "neither better nor worse"
+    verdict = f"{verdict} for certain" if len(now) >= 20 else "too few games to tell"
+    first, second = (f"{m:,.1f} ({m - h:,.1f} to {m + h:,.1f})" for m, h in stats)
+    return f"random play {first}, this agent {second} over {len(now)} games each: {verdict}"
 
 
 def eval_only(args: Args) -> dict:

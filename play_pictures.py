@@ -39,11 +39,11 @@ from jedi_atari import (
     Args,
     BadInput,
     Collector,
-    Progress,
     ReplayBuffer,
     Windows,
     conv3x3,
     open_loop,
+    progress,
     write_atomically,
     zero_,
 )
@@ -168,7 +168,7 @@ def learn_decoder(agent: Agent, frames: Tensor, seed: int = 0) -> Decoder:
     decoder.background.copy_(probe[1].mean(0))
     error = torch.no_grad()(lambda: decoder_loss(decoder, *probe).item())
     of_mean = error()  # at first it shows the mean picture
-    for number in Progress(range(MAX_UPDATES), desc="learn the decoder", unit="update"):
+    for number in progress(range(MAX_UPDATES), desc="learn the decoder", unit="update"):
         if number % CHECK_EVERY == 0 and error() < ENOUGH * of_mean:
             break
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - number / MAX_UPDATES)
@@ -227,7 +227,7 @@ def play_game(run: Run) -> ReplayBuffer:
     args = dataclasses.replace(run.args, epsilon=0.0, seed=2**31 - 1 - run.args.seed)
     collector = run.script.Collector(args)
     heldout = ReplayBuffer(HELDOUT_STEPS, run.agent.norm.mean.device)
-    bar = Progress(total=HELDOUT_STEPS, desc="play a game", unit="step")
+    bar = progress(total=HELDOUT_STEPS, desc="play a game", unit="step")
     while not collector.step(run.agent, heldout) and collector.steps < HELDOUT_STEPS:
         bar.update()
     bar.close()

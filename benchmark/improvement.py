@@ -2,6 +2,7 @@
 
     python benchmark/improvement.py --random Krull,RoadRunner --preset small --out results/random   # 100 games each
     python benchmark/improvement.py results/small --random-play results/random                      # table and picture
+    python benchmark/improvement.py results/tiny     # these runs hold their own random play, `returns_random`
 
 A run has improved for certain where the 95% interval of its mean return lies wholly above that of random play. Both
 intervals are percentile bootstraps over games. Random play is played by the rules of the preset's final evaluation:
@@ -83,7 +84,10 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def read_random(folder: Path, result: dict) -> dict:
-    """Random play of a run's game, cut at the same length. Raises `BadInput` that says how to make it."""
+    """Random play of a run's game, cut at the same length: the run's own, or for older runs that
+    have none a file's. Raises `BadInput` that says how to make it."""
+    if "returns_random" in result:
+        return {"returns": result["returns_random"]}
     _, name = jedi.resolve_env_id(result["env_id"])
     path = folder / f"{name}.json"
     command = f"python benchmark/improvement.py --random {name} --preset {result['preset']} --out {folder}"
@@ -103,7 +107,7 @@ def with_interval(returns: list[float]) -> str:
     return f"{np.mean(returns):,.1f} ({low:,.1f} to {high:,.1f})"
 
 
-def table(runs: list[tuple[Path, dict]], chance: dict[str, dict]) -> str:
+def table(runs: list[tuple[Path, dict]], chance: list[dict]) -> str:
     """One row a run, as Markdown."""
     rows = [
         [
@@ -118,8 +122,8 @@ def table(runs: list[tuple[Path, dict]], chance: dict[str, dict]) -> str:
         + ["rewards recognised", "time", "memory"],
         ["---", "---:", "---:", "---:", "---:", "---", "---:", "---:", "---:", "---:"],
     ]
-    for _, result in runs:
-        random, recall = chance[result["env_id"]], result["reward_recall"]
+    for (_, result), random in zip(runs, chance, strict=True):
+        recall = result["reward_recall"]
         rows.append(
             [
                 result["env_id"],
@@ -180,7 +184,7 @@ def health_table(runs: list[tuple[Path, dict]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
 
 
-def draw(runs: list[tuple[Path, dict]], chance: dict[str, dict], path: Path) -> None:
+def draw(runs: list[tuple[Path, dict]], chance: list[dict], path: Path) -> None:
     """Learning curves, one panel a game: training games, evaluations, and the band of random play.
 
     Over policy updates, not steps: most steps of the small preset are the random play before the first update.
@@ -192,7 +196,10 @@ def draw(runs: list[tuple[Path, dict]], chance: dict[str, dict], path: Path) -> 
     panels = figure.subplots(1, len(games), squeeze=False)[0]
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
     for ax, game in zip(panels, games, strict=True):
-        low, high = interval(chance[game]["returns"])
+        played = [
+            x["returns"] for (_, r), x in zip(runs, chance, strict=True) if r["env_id"] == game
+        ]
+        low, high = interval(np.concatenate(played))
         ax.axhspan(low, high, color="0.8", label="random play, 95% interval")
         for colour, (folder, result) in zip(
             colours, (run for run in runs if run[1]["env_id"] == game), strict=False
@@ -222,7 +229,7 @@ def draw(runs: list[tuple[Path, dict]], chance: dict[str, dict], path: Path) -> 
         ax.grid(alpha=0.3)
         ax.legend(frameon=False, fontsize=9)
     figure.suptitle(
-        "thin: games of training; circles: evaluations; square: 100 games at the end, 95% interval",
+        "thin: games of training; circles: evaluations; square: games at the end, 95% interval",
         fontsize=10,
     )
     figure.savefig(path)
@@ -270,7 +277,7 @@ def play(options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> None:
     """Table and picture of the runs of a folder."""
     runs = read_runs(options.runs)
-    chance = {result["env_id"]: read_random(options.random_play, result) for _, result in runs}
+    chance = [read_random(options.random_play, result) for _, result in runs]
     text = table(runs, chance)
     print(text, end="")
     jedi.write_atomically(options.runs / "improvement.md", text.encode())

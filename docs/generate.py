@@ -170,11 +170,11 @@ class Walk:
 
 
 def begin_walk() -> Walk:
-    """A fresh agent of the tiny preset's sizes, and some random play of Pong."""
+    """A fresh agent of the small preset's sizes, and some random play of Pong."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     changes = dict(device="cpu", compile=False, threads=1, max_episode_steps=GAME_LENGTH)
-    args = jedi.Args(**jedi.PRESETS["tiny"] | changes)
+    args = jedi.Args(**jedi.PRESETS["small"] | changes)
     torch.manual_seed(args.seed)
     collector, replay = jedi.Collector(args), jedi.ReplayBuffer(2 * STEPS, CPU)
     agent = jedi.Agent(int(collector.env.action_space.n), args)
@@ -488,7 +488,7 @@ advantage is a weight: neither passes a gradient on to the value, and nothing re
 
 Each `update` clips the gradient and makes one step of AdamW (`make_optimizer`). `make_schedule` says which updates an
 epoch makes after its play: {args.diffusion_updates} of diffusion, with {args.reward_updates} of reward between their two halves, then
-{args.policy_updates} of policy in the tiny preset. What they log is in [metrics.md](metrics.md).
+{args.policy_updates} of policy in the small preset. What they log is in [metrics.md](metrics.md).
 """
 
 
@@ -498,7 +498,7 @@ def walkthrough_page() -> str:
 
 For a reader with the paper and [`jedi_atari.py`](../jedi_atari.py) side by side: what the first updates of a run do to
 a batch of real Pong, with the shapes and numbers that come out. `python docs/generate.py` makes this page: it plays and
-trains from seed 0, on one CPU thread in float32, with the sizes of `--preset tiny` (encoder {walk.args.encoder_width}
+trains from seed 0, on one CPU thread in float32, with the sizes of `--preset small` (encoder {walk.args.encoder_width}
 wide, denoiser {walk.args.denoiser_width}). Numbers have three digits; 0 means exactly 0. Symbols are those at the top of
 the file: z latent, sigma noise level, D denoiser, F its inner network, B batch, T time, H horizon.
 """

@@ -93,6 +93,28 @@ def dream_alone(agent, start, row, args):
     return rewards, ends, [*values, value.item()], actions[n - 1 :]
 
 
+def test_an_expected_reward_is_the_mean_of_the_sampled_ones(micro):
+    """The same dream either way, since the same numbers are drawn; its rewards against the model's own softmax."""
+    agent, start = random_agent(micro, 5), random_windows(micro, micro.context_frames)
+    agent.reward.head[-1].bias.data.zero_()  # rewards are not rare
+    dreams = {}
+    for expected in (False, True):
+        torch.manual_seed(3)
+        dreams[expected] = jedi.imagine(agent, start, replace(micro, expected_reward=expected))
+    for a, b in zip(
+        dreams[False][:2] + dreams[False][3:5], dreams[True][:2] + dreams[True][3:5], strict=True
+    ):
+        assert torch.equal(a, b)
+    assert set(dreams[False].rewards.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    with torch.no_grad():
+        z = torch.cat([agent.encode(start.frames[:, :-1]), dreams[True].z], dim=1)
+        actions = torch.cat([start.actions[:, :-1], dreams[True].actions], dim=1)
+        logits = agent.reward(z, actions)[0][:, -micro.horizon :].double().exp()
+    mean = (logits[..., 2] - logits[..., 0]) / logits.sum(-1)
+    torch.testing.assert_close(dreams[True].rewards.double(), mean, atol=1e-5, rtol=1e-4)
+    assert mean.abs().max() > 0.01
+
+
 def test_masked_imagination_equals_a_loop_that_stops(micro, without_chance):
     args = replace(micro, horizon=6)
     lengths = []

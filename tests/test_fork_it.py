@@ -184,11 +184,11 @@ def test_the_other_encoder_keeps_its_shapes(fork):
 
 def test_one_step_is_one_call_of_the_denoiser(fork, monkeypatch):
     script = fork("one_step")
-    assert script.PRESETS["one_step"] == jedi.PRESETS["tiny"] | {"sample_steps": 1}
+    assert script.PRESETS["one_step"] == jedi.PRESETS["small"] | {"sample_steps": 1}
     by_preset, by_flag = (
-        script.parse_args(f"--preset {x}".split()) for x in ("one_step", "tiny --sample-steps 1")
+        script.parse_args(f"--preset {x}".split()) for x in ("one_step", "small --sample-steps 1")
     )
-    assert dataclasses.replace(by_preset, preset="tiny") == by_flag
+    assert dataclasses.replace(by_preset, preset="small") == by_flag
     calls, output = [], torch.randn(2, 16, 8, 8)
     monkeypatch.setattr(
         script, "denoise", lambda agent, z, sigma, *rest: calls.append(sigma[0].item()) or output

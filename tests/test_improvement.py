@@ -1,7 +1,7 @@
 """`benchmark/improvement.py`: intervals against closed forms, random play of the real game, table and picture."""
 
 import json
-import re
+import shutil
 import sys
 
 import cv2
@@ -61,16 +61,26 @@ def runs(tmp_path_factory):
     (folder / "random").mkdir()
     played = improvement.random_play(args, 3)
     jedi.write_atomically(folder / "random/Krull.json", played)
+    result = json.loads((folder / "runs/Krull/seed3/result.json").read_text())
+    del result["returns_random"]  # runs once held none
+    (folder / "old").mkdir()
+    jedi.write_atomically(folder / "old/result.json", result)
+    shutil.copy(folder / "runs/Krull/seed3/metrics.jsonl", folder / "old")
     return folder
 
 
 def test_table_and_picture_of_a_real_run(runs, capsys):
-    assert improvement.main([str(runs / "runs"), "--random-play", str(runs / "random")]) == 0
+    argv = [str(runs / "old"), "--random-play", str(runs / "random")]
+    assert improvement.main(argv) == 0
+    random = json.loads((runs / "random/Krull.json").read_text())["returns"]
+    assert f"| {improvement.with_interval(random)} |" in capsys.readouterr().out
+    assert improvement.main([str(runs / "runs")]) == 0
     text = capsys.readouterr().out
     result = json.loads((runs / "runs/Krull/seed3/result.json").read_text())
     assert (
         "| Krull | 3 |" in text and f"{result['mean_return']:,.1f} (" in text and "| 3, 3 |" in text
     )
+    assert f"| {improvement.with_interval(result['returns_random'])} |" in text
     assert (runs / "runs/improvement.md").read_text() == text
     assert cv2.imread(str(runs / "runs/improvement.png")).std() > 10
 
@@ -94,8 +104,8 @@ def test_bad_input_is_one_line(runs, tmp_path, capsys):
     for argv, words in (
         ([], "give a folder of runs"),
         ([str(tmp_path)], "holds no result.json"),
-        ([str(runs / "runs"), "--random-play", str(tmp_path / "no")], "--random Krull"),
-        ([str(runs / "runs"), "--random-play", str(tmp_path)], "another length"),
+        ([str(runs / "old"), "--random-play", str(tmp_path / "no")], "--random Krull"),
+        ([str(runs / "old"), "--random-play", str(tmp_path)], "another length"),
         (["--random", "Kurll", "--out", str(tmp_path / "new")], "Did you mean: `Krull`"),
         (["--random", "Krull", "--episodes", "1", "--out", str(tmp_path / "new")], "at least 2"),
     ):
@@ -109,16 +119,15 @@ def test_the_tables_in_results_are_made_from_the_runs():
     """Each improvement.md in results/ is what the script prints from the runs beside it."""
     for path in (ROOT / "results").rglob("improvement.md"):
         found = improvement.read_runs(path.parent)
-        chance = {
-            r["env_id"]: improvement.read_random(ROOT / "results/random", r) for _, r in found
-        }
+        chance = [improvement.read_random(ROOT / "results/random", r) for _, r in found]
         assert path.read_text() == improvement.table(found, chance)
         assert (path.parent / "health.md").read_text() == improvement.health_table(found)
 
 
 def test_the_readme_shows_a_table_of_results():
-    """The table between the marks is improvement.md of the folder that the command above it names."""
+    """The tables between the marks are improvement.md of the two folders."""
     text = (ROOT / "README.md").read_text()
-    folder = re.search(r"benchmark/improvement\.py (results/\S+) --random-play", text)[1]
-    shown = text.split("<!-- improvement:begin -->")[1].split("<!-- improvement:end -->")[0]
-    assert shown.strip() == (ROOT / folder / "improvement.md").read_text().strip()
+    for mark, folder in (("improvement", "results/small"), ("quick-start", "results/tiny")):
+        assert f"benchmark/improvement.py {folder}" in text
+        shown = text.split(f"<!-- {mark}:begin -->")[1].split(f"<!-- {mark}:end -->")[0]
+        assert shown.strip() == (ROOT / folder / "improvement.md").read_text().strip()

@@ -36,6 +36,29 @@ def test_the_encoders_latent(agent):
     torch.testing.assert_close(z[1, 2:3], agent.latents(frames[1, 2:3]))
 
 
+def test_an_encoder_of_stride_2_sees_every_pixel():
+    """Same latents in shape and range, one stage less, and no pixel between the strides."""
+    torch.manual_seed(0)
+    encoder, papers = jedi.Encoder(8, stride=2), jedi.Encoder(8)
+    assert len(papers.layers) - len(encoder.layers) == 2  # a stage and its pooling
+    frame = torch.randint(256, (1, 64, 64, 3), dtype=torch.uint8)
+    z = encoder(frame)
+    assert z.shape == (1, 16, 8, 8) and z.abs().max() < 3
+    changed = frame.repeat(64, 1, 1, 1)
+    for i in range(64):  # a pixel on each of 64 rows and columns
+        changed[i, i, 63 - i] = 255 - changed[i, i, 63 - i]
+    assert ((encoder(changed) - z).abs().amax((1, 2, 3)) > 1e-6).all()
+
+
+@pytest.mark.parametrize(("blocks", "attention"), [(3, 0), (8, 0), (10, 2), (11, 3)])
+def test_reward_blocks_from_the_ninth_on_have_attention(micro, blocks, attention):
+    model = jedi.RewardTerminationModel(5, replace(micro, reward_blocks=blocks))
+    layers = [isinstance(block.attention, jedi.SelfAttention) for block in model.blocks]
+    assert layers == [False] * (blocks - attention) + [True] * attention
+    rewards, ends = model(torch.randn(2, 4, 16, 8, 8), torch.zeros(2, 3, dtype=torch.long))
+    assert rewards.shape == (2, 3, 3) and ends.shape == (2, 3, 2)
+
+
 def test_padding_is_encoded_as_zero(agent):
     frames, mask = torch.randint(256, (2, 3, 64, 64, 3), dtype=torch.uint8), torch.ones(2, 3).bool()
     mask[0, :2] = False

@@ -50,7 +50,7 @@ def test_quick_start(heading, changes, parameters, tmp_path):
     ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2_000:]
-    assert "\nrewarded steps recognised: " in done.stdout and "\nreturn " in done.stdout
+    assert "\nrewarded steps recognised: " in done.stdout and "\nrandom play " in done.stdout
     total = int(re.search(r"^parameters .* all ([\d,]+)", done.stdout, re.M)[1].replace(",", ""))
     assert parameters / 2 < total < parameters * 2
     result = json.loads((run_dir / "result.json").read_text())

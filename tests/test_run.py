@@ -5,7 +5,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ import jedi_atari as jedi
 
 RESULT_KEYS = (
     "env_id script seed preset env_steps updates environment returns mean_return std_return lengths "
-    "human_normalized_score measures open_loop_ratio open_loop_ratio_untrained returns_untrained reward_recall "
+    "human_normalized_score measures open_loop_ratio open_loop_ratio_untrained returns_random reward_recall "
     "wall_seconds peak_memory_bytes device precision versions git_commit args"
 ).split()
 
@@ -94,6 +93,7 @@ def test_accounting(counted):
     assert sum("eval/mean_return" in row for row in metrics) == 2 + in_between
     assert counts["save_checkpoint"] == 1 + before + later
     assert len(result["returns"]) == len(result["lengths"]) == args.final_episodes
+    assert len(result["returns_random"]) == args.final_episodes
     files = {path.name.split(".")[0] for path in run_dir.iterdir()} - {""}  # .lock
     assert files == {"args", "checkpoint", "events", "jedi_atari", "metrics", "result"}
 
@@ -258,6 +258,43 @@ def test_the_first_play_goes_on_until_rewards_are_known(micro):
         assert collector.steps == expected
 
 
+def test_random_play_is_uniform_and_needs_no_network(micro, monkeypatch):
+    """The first play of a run and its evaluation number 0: chi-squared over the actions, 5 degrees of freedom."""
+    monkeypatch.setattr(jedi, "act", lambda *_: pytest.fail("a network was asked"))
+    monkeypatch.setattr(jedi, "measure_world_model", lambda *_: {})
+    args, played = replace(micro, env_id="Pong", max_episode_steps=60), []
+    step = jedi.Game.step
+    monkeypatch.setattr(
+        jedi.Game, "step", lambda self, action: (played.append(action), step(self, action))[1]
+    )
+    collector, replay = jedi.Collector(args), jedi.ReplayBuffer(1_300, torch.device("cpu"))
+    for _ in range(1_200):
+        collector.step(None, replay)
+    jedi.evaluate(jedi.Agent(6, args), args, 20, 0)
+    for actions in (played[:1_200], played[1_200:]):
+        assert len(actions) == 1_200
+        counts = np.bincount(actions, minlength=6)
+        assert ((counts - 200) ** 2 / 200).sum() < 25.7  # p = 0.0001
+
+
+def test_the_verdict_on_what_was_learned():
+    """Mean and 1.96 standard errors: the intervals of 25 games apart, or not."""
+    chance = [1.0, 3.0] * 13  # mean 2, standard deviation 1
+    cases = {
+        "better for certain": [3.0, 5.0] * 13,
+        "worse for certain": [0.0, 1.0] * 13,
+        "neither better nor worse for certain": [1.7, 3.7] * 13,
+        "too few games to tell": [9.0, 11.0] * 5,
+    }
+    for verdict, returns in cases.items():
+        text = jedi.compare(chance, returns)
+        assert text.endswith(f"over {len(returns)} games each: {verdict}")
+        assert text.startswith(
+            "random play 2.0 (1.6 to 2.4), this agent "
+        )  # 1.96 / sqrt(26) = 0.38
+    assert "this agent 4.0 (3.6 to 4.4)" in jedi.compare(chance, cases["better for certain"])
+
+
 def test_evaluation_plays_so_many_whole_games_of_each_environment(micro, monkeypatch):
     """With a player who reads the picture and never misses; each environment plays its fixed share."""
     args = replace(micro, env_id="toys:Catch-v0")
@@ -307,7 +344,13 @@ def test_the_command_line_end_to_end(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no warning of any library
-    for text in ("run folder", "parameters", "epoch 0/", "rewarded steps recognised", "untrained"):
+    for text in (
+        "run folder",
+        "parameters",
+        "epoch 0/",
+        "rewarded steps recognised",
+        "random play",
+    ):
         assert text in done.stdout
     assert all(len(line) < 200 and "Warning" not in line for line in done.stdout.splitlines())
     assert "\r" not in done.stdout
@@ -480,35 +523,16 @@ def often(monkeypatch):
     monkeypatch.setattr(jedi.tqdm, "__init__", init)
 
 
-def test_progress_is_plain_lines_where_there_is_no_terminal(often, capsys):
-    for _ in jedi.Progress(range(5), desc="epoch 3/7 update"):
+def test_a_log_has_no_bars(often, micro, capsys):
+    for _ in jedi.progress(range(100_000), desc="update"):
         pass
-    bar = jedi.Progress(desc="epoch 3/7 collect", unit="step")
-    for _ in range(4):
-        bar.update()
-    bar.close()
-    out = capsys.readouterr().out
-    assert "\r" not in out and "\x1b" not in out and out.endswith("\n")
-    lines = out.splitlines()
-    assert len(lines) >= 7 and all(re.match(r"epoch 3/7 (update|collect): +\d", x) for x in lines)
-
-
-def test_progress_is_shown_in_evaluation_though_no_game_ends(often, micro, capsys):
-    args = replace(micro, max_episode_steps=30)
-    jedi.evaluate(random_agent(args, 6), args, 1, title="epoch 3/7 evaluate")
-    out = capsys.readouterr().out
-    assert "\r" not in out and out.count("epoch 3/7 evaluate:   0%") > 20
-
-
-def test_progress_is_rare(capsys):
-    for _ in jedi.Progress(range(100_000), desc="quick"):
-        pass
-    assert capsys.readouterr().out == ""
+    jedi.evaluate(random_agent(micro, 6), micro, 1, title="epoch 3/7 evaluation")
+    assert capsys.readouterr().out == "epoch 3/7 evaluation, 1 games\n"
 
 
 def test_progress_is_one_line_on_a_terminal(often, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    for _ in jedi.Progress(range(5), desc="update"):
+    for _ in jedi.progress(range(5), desc="update"):
         pass
     out = capsys.readouterr().out
     assert "\n" not in out and out.count("\r") >= 5
