@@ -160,9 +160,9 @@ PRESETS: dict[str, dict] = {
     ),
 }  # fmt: skip
 PRESETS["tiny"] = PRESETS["small"] | dict(
-    max_episode_steps=600, total_steps=25_000, first_steps_min=15_000, first_steps_max=15_000,
+    max_episode_steps=600, total_steps=24_000, first_steps_min=15_000, first_steps_max=15_000,
     first_diffusion_updates=500, first_reward_updates=300, first_policy_updates=100,
-    epoch_steps=500, policy_updates=100, reward_updates=40, eval_every=5, eval_episodes=10,
+    epoch_steps=500, policy_updates=100, reward_updates=40, eval_every=10, eval_episodes=10,
     final_episodes=40, encoder_stride=2, reward_blocks=3, target_frames=1, noise_mean=1.2,
     sample_steps=1, learning_rate=1e-3, encoder_lr_scale=0.03, expected_reward=True, gamma=0.95,
     entropy_weight=0.002,
