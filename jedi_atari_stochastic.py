@@ -137,6 +137,7 @@ class Args:
     learning_rate: float = num(1e-4, TINY, 1)  # of all three AdamW optimisers [D]
     encoder_lr_scale: float = num(0.3, TINY, 1_000)  # the encoder's rate over --learning-rate [P]
     warmup_updates: int = num(100, 0, MANY)  # linear learning-rate warm-up of each optimiser [D]
+    reward_noise: float = num(0.0, 0, 1_000)  # largest noise on the reward model's inputs [C]
     reward_window: int = num(15, 1, 1_000)  # frames after the context in a reward window [D]
     horizon: int = num(15, 1, 1_000)  # imagined steps per policy update [P, D]
     expected_reward: bool = False  # imagined rewards: R_psi's mean [C] rather than samples [D]
@@ -158,8 +159,8 @@ PRESETS: dict[str, dict] = {
         epoch_steps=200, diffusion_updates=60, reward_updates=60, policy_updates=30,
         final_epochs=0, batch_size=16, eval_every=2, eval_episodes=8,
         encoder_width=16, denoiser_width=48, cond_dim=128, reward_width=16, lstm_size=128,
-        latent_norm="center", learning_rate=5e-4, encoder_lr_scale=0.06, warmup_updates=20,
-        reward_window=5, entropy_weight=0.03, horizon=10,
+        latent_norm="center", reward_noise=0.2, learning_rate=5e-4, encoder_lr_scale=0.06,
+        warmup_updates=20, reward_window=5, entropy_weight=0.03, horizon=10,
     ),
 }  # fmt: skip
 PRESETS["tiny"] = PRESETS["small"] | dict(
@@ -167,8 +168,8 @@ PRESETS["tiny"] = PRESETS["small"] | dict(
     first_diffusion_updates=500, first_reward_updates=300, first_policy_updates=100,
     epoch_steps=500, policy_updates=100, reward_updates=40, eval_every=10, eval_episodes=10,
     final_episodes=40, encoder_stride=2, reward_blocks=3, target_frames=1, noise_mean=1.2,
-    sample_steps=1, learning_rate=1e-3, encoder_lr_scale=0.03, expected_reward=True, gamma=0.95,
-    entropy_weight=0.002,
+    sample_steps=1, reward_noise=0.0, learning_rate=1e-3, encoder_lr_scale=0.03, gamma=0.95,
+    expected_reward=True, entropy_weight=0.002,
 )  # fmt: skip
 
 
@@ -684,7 +685,6 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) ->
 def denoise(agent: Agent, z: Tensor, sigma: Tensor, past: Tensor, actions: Tensor, args: Args):
     """D_theta, clamped: z (B, 16, 8, 8) at noise levels sigma (B,), after `past` (B, N, 16, 8, 8)
     and `actions` (B, N) -> the clean latent expected there."""
-    assert actions.shape == past.shape[:2] and past.shape[2:] == LATENT_SHAPE
     c_in, c_out, c_skip, c_noise = precondition(sigma, args.sigma_data, args.sigma_offset)
     output = agent.denoiser(c_in * z, c_noise, past, actions)
     return agent.norm.clamp(c_skip * z + c_out * output)
@@ -748,6 +748,10 @@ def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[T
     """Cross-entropy of the reward's sign and of termination; trains R_psi and E_phi [P, D], on
     windows from `sample_transitions`: T + 1 frames, mask (B, T) of real transitions."""
     z = agent.encode(batch.frames)
+    if args.reward_noise > 0:
+        # DEVIATION 8: trained on true latents alone, R_psi misses the rewards of imagined ones.
+        level = args.reward_noise * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
+        z = z + level * torch.randn(z.shape, device=z.device)
     reward_logits, end_logits = agent.reward(z, batch.actions[:, :-1])
     sign, end = batch.rewards[:, :-1].sign().long(), batch.ends[:, :-1].long()
     # (B, T, K) logits -> (B, K, T), as cross_entropy wants its classes
@@ -806,7 +810,7 @@ def imagine(agent: Agent, start: Windows, args: Args) -> Imagined:
     hidden, _ = agent.reward.lstm(features[:, n - 1 :], reward_state)
     reward_logits, end_logits = agent.reward.head(hidden).float().split([3, 2], dim=-1)
     p, sampled = reward_logits.softmax(-1), (sample_categorical(reward_logits) - 1).float()
-    # DEVIATION 8: samples of rewards that R_psi is unsure of are mostly noise; their mean is not.
+    # DEVIATION 12: samples of rewards that R_psi is unsure of are mostly noise; their mean is not.
     rewards = p[..., 2] - p[..., 0] if args.expected_reward else sampled
     ends = sample_categorical(end_logits).bool()
     ended_before = F.pad(ends, (1, 0))[:, :-1].long().cumsum(1) > 0
@@ -822,7 +826,6 @@ def sample_categorical(logits: Tensor) -> Tensor:
 def lambda_returns(rewards: Tensor, ends: Tensor, values: Tensor, gamma: float, lambda_: float):
     """rewards, ends (B, H), values (B, H + 1) -> returns (B, H) [D, equation 14]: G_H = V_H,
     G_t = r_t + gamma (1 - d_t) ((1 - lambda) V_{t+1} + lambda G_{t+1})."""
-    assert rewards.shape == ends.shape and values.shape[1] == rewards.shape[1] + 1
     returns, last = [], values[:, -1]
     for t in reversed(range(rewards.shape[1])):
         going_on = gamma * (~ends[:, t]).float()
@@ -921,9 +924,8 @@ class Collector:
 
 def evaluate(agent: Agent, args: Args, episodes: int, number: int = 1, title="evaluation"):
     """Play full games: rewards not clipped, lives ignored, actions sampled, no exploration [D];
-    each environment a fixed number, so that short games are not over-represented. The world model
-    is measured on the first one's play. `number`: of this evaluation in its run, for its seeds; in
-    number 0 the policy, whose heads are zero, is uniform: it plays without the networks."""
+    each environment a fixed share, lest short games count for more. The world model is measured on
+    the first one's play. `number`: for the seeds; number 0 is random play, without the networks."""
     seed = 10**9 + (args.seed * 100_003 + number * 1_009 + episodes) % 10**9
     envs = [make_env(args) for _ in range(min(EVAL_ENVS, episodes))]
     todo = [len(range(i, episodes, len(envs))) for i in range(len(envs))]
@@ -1353,8 +1355,7 @@ def eval_only(args: Args) -> dict:
     found = evaluate(agent, args, args.final_episodes, -1, "evaluation")
     result = dict(env_id=args.env_id, seed=args.seed, epoch=saved["epoch"], **found)
     write_atomically(Path(args.eval_only) / time.strftime("eval_%Y%m%d-%H%M%S.json"), result)
-    spread = f"{found['mean_return']:.1f} +- {found['std_return']:.1f}"
-    print(f"{args.env_id}, {args.final_episodes} games: return {spread}")
+    print(f"{args.env_id}: return {found['mean_return']:.1f} +- {found['std_return']:.1f}")
     return result
 
 

@@ -65,7 +65,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BASES = {"centred": dict(latent_norm="center"), "plain": dict(latent_norm="none")}
 COMMON = jedi.PRESETS["small"] | dict(
     max_episode_steps=1_200, epoch_steps=150, diffusion_updates=40, reward_updates=40, policy_updates=10,
-    eval_every=10, encoder_width=8, learning_rate=1e-3, encoder_lr_scale=0.03,
+    eval_every=10, encoder_width=8, reward_noise=0.0, learning_rate=1e-3, encoder_lr_scale=0.03,
     entropy_weight=0.001, horizon=8,
 )  # fmt: skip
 
@@ -231,6 +231,7 @@ VARIANTS: dict[str, Variant] = {
     "no group norm before the reward LSTM": Variant(change=unnormalised_rewards),
     "sigma_data 1": Variant({"sigma_data": 1.0}),
     "no offset noise": Variant({"sigma_offset": 0.0}),
+    "reward noise 0.2": Variant({"reward_noise": 0.2}),
     "encoder 10 times as fast": Variant({"encoder_lr_scale": 0.3}),
     "sampler starts at sigma_max 5": Variant({"sample_start": "sigma_max"}),
     "sampler starts at sigma_max 20": Variant(

@@ -192,7 +192,7 @@ def draw(runs: list[tuple[Path, dict]], chance: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     games = sorted({result["env_id"] for _, result in runs})
-    figure = Figure(figsize=(6 * len(games), 4.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(4.5 * len(games), 4), dpi=80, layout="constrained")
     panels = figure.subplots(1, len(games), squeeze=False)[0]
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
     for ax, game in zip(panels, games, strict=True):
@@ -227,7 +227,7 @@ def draw(runs: list[tuple[Path, dict]], chance: list[dict], path: Path) -> None:
             )
         ax.set(title=game, xlabel="updates of the policy", ylabel="return of a game")
         ax.grid(alpha=0.3)
-        ax.legend(frameon=False, fontsize=9)
+        ax.legend(frameon=False, fontsize=8)
     figure.suptitle(
         "thin: games of training; circles: evaluations; square: games at the end, 95% interval",
         fontsize=10,

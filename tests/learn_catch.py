@@ -47,6 +47,7 @@ CATCH = dict(
     lstm_size=128,
     latent_norm="center",
     sigma_offset=0.1,
+    reward_noise=0.1,
     learning_rate=1e-3,
     encoder_lr_scale=0.03,
     warmup_updates=20,

@@ -1,6 +1,7 @@
 """It learns: whole runs on Catch; a world model of a ball that drifts by chance. `python -m pytest -m learning`."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import gymnasium as gym
 import learn_catch
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import toys
 
@@ -126,6 +128,23 @@ def test_jedi_learns_catch(seed):
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)
     assert found["mean_return"] >= 0.9
+
+
+@pytest.mark.learning
+@pytest.mark.slow
+def test_the_quick_start_learns_a_real_game(tmp_path):
+    """The README's first command, on a seed that is in no table: its last line says better, and `result.json` agrees."""
+    readme = (HERE.parent / "README.md").read_text()
+    argv = re.search(r"&& python (jedi_atari\.py --env-id \w+ --preset tiny)\n", readme)[1].split()
+    command = [sys.executable, *argv, "--seed", "11", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=1_800)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout.splitlines()[-1])
+    assert done.stdout.splitlines()[-1].endswith("over 40 games each: better for certain")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    chance, now = (np.array(result[key]) for key in ("returns_random", "returns"))
+    assert scipy.stats.mannwhitneyu(now, chance, alternative="greater").pvalue < 0.001
+    assert now.mean() > 1.5 * chance.mean()
 
 
 @pytest.mark.learning
