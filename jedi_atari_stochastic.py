@@ -219,10 +219,9 @@ def resolve_env_id(env_id: str) -> tuple[str, str]:
 
 
 class Game(gym.Wrapper):
-    """One game that shows 64 x 64 RGB frames (uint8), like gymnasium's `AtariPreprocessing` but for
-    two things: at a game's end it returns the last frame really shown, not an older one; and a lost
-    life ends neither step nor game, but an episode of the replay. There `info["end"]` is a
-    termination; at `info["stop"]`, also a time limit, an episode stops [D]."""
+    """One game in 64 x 64 RGB frames (uint8): gymnasium's `AtariPreprocessing`, but a game ends
+    with the last frame really shown, and a lost life ends neither step nor game but an episode
+    of the replay: `info["end"]`, a termination; `info["stop"]`, also at a time limit [D]."""
 
     def __init__(self, env: gym.Env, args: Args, atari: bool):
         super().__init__(env)
@@ -459,9 +458,8 @@ def clamp_latent(z: Tensor) -> Tensor:
 
 
 class LatentNorm(nn.Module):
-    """What every other network sees of a latent. `none` [P]: the latent itself. `center`: less a
-    running mean, value by value, scaled to sigma_data: in most games nearly all of a latent is a
-    background that never changes. No gradient flows into the averages."""
+    """What every other network sees of a latent. `none` [P]: the latent itself. `center`: less its
+    running mean, scaled to sigma_data: most of a latent is a background that never changes."""
 
     def __init__(self, mode: str, sigma_data: float):
         super().__init__()
@@ -483,8 +481,7 @@ class LatentNorm(nn.Module):
         self.variance += rate * (variance - self.variance)
 
     def forward(self, z: Tensor) -> Tensor:
-        """(..., 16, 8, 8) -> the same shape."""
-        # DEVIATION 1: --latent-norm center; the papers use plain latents.
+        """(..., 16, 8, 8) -> the same shape. DEVIATION 1: in the papers the latents themselves."""
         return z if self.mode == "none" else (z - self.mean) * self.scale()
 
     def clamp(self, z: Tensor) -> Tensor:
@@ -1082,6 +1079,8 @@ def load_checkpoint(run_dir: Path, args: Args | None = None) -> dict:
         raise BadInput(f"{path} is missing, cut short, altered or no data{remedy}") from error
     if script != Path(__file__).stem:
         raise BadInput(f"{path} was written by {script}.py; use that script")
+    if args and set(old) != set(vars(args)):
+        raise BadInput(f"{run_dir} was begun by another version; use the script copied there")
     for key in set(old) - {"run_dir", "resume", "device", "compile", "precision", "track"}:
         if args and old[key] != getattr(args, key):
             raise BadInput(f"{run_dir} was begun with {key} {old[key]}; leave it as it is")
@@ -1337,21 +1336,22 @@ def write_result(run_dir: Path, args: Args, steps: int, state: dict, final: dict
 
 def compare(chance: list[float], now: list[float]) -> str:
     """Mean returns of random play and the agent, with 95% intervals over games, in words."""
-    stats = [(np.mean(x), 1.96 * np.std(x) / math.sqrt(len(x))) for x in (chance, now)]
-    (a, b), (c, d) = ((mean - half, mean + half) for mean, half in stats)
-    verdict = "better" if c > b else "worse" if d < a else "neither better nor worse"
-    verdict = f"{verdict} for certain" if len(now) >= 20 else "too few games to tell"
-    first, second = (f"{m:,.1f} ({m - h:,.1f} to {m + h:,.1f})" for m, h in stats)
-    return f"random play {first}, this agent {second} over {len(now)} games each: {verdict}"
+    (a, s), (b, t) = ((np.mean(x), np.std(x) / max(len(x) - 1, 1) ** 0.5) for x in (chance, now))
+    gap = (b - a) / max(math.hypot(s, t), TINY)  # beyond 3 standard errors: p = 0.003
+    verdict = f"{'better' if gap > 0 else 'worse'} for certain"
+    verdict = verdict if abs(gap) > 3 and len(now) >= 20 else "no clear difference"
+    shown = [f"{m:,.2f} ({m - 2 * e:,.2f} to {m + 2 * e:,.2f})" for m, e in ((a, s), (b, t))]
+    return f"random play {shown[0]}, this agent {shown[1]} over {len(now)} games each: {verdict}"
 
 
 def eval_only(args: Args) -> dict:
     """Play `--final-episodes` games with a run's checkpoint; writes eval_<time>.json beside it."""
     _, agent, _ = set_up(args)
     saved = load_checkpoint(Path(args.eval_only))
-    if any(w.shape != saved["agent"][k].shape for k, w in agent.state_dict().items()):
-        raise BadInput("--eval-only: leave game and sizes of the networks as they are")
-    agent.load_state_dict(saved["agent"])
+    try:
+        agent.load_state_dict(saved["agent"])
+    except RuntimeError:
+        raise BadInput("--eval-only: leave game and sizes of the networks as they are") from None
     found = evaluate(agent, args, args.final_episodes, -1, "evaluation")
     result = dict(env_id=args.env_id, seed=args.seed, epoch=saved["epoch"], **found)
     write_atomically(Path(args.eval_only) / time.strftime("eval_%Y%m%d-%H%M%S.json"), result)

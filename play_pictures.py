@@ -168,6 +168,7 @@ def learn_decoder(agent: Agent, frames: Tensor, seed: int = 0) -> Decoder:
     decoder.background.copy_(probe[1].mean(0))
     error = torch.no_grad()(lambda: decoder_loss(decoder, *probe).item())
     of_mean = error()  # at first it shows the mean picture
+    print("learn the decoder: a minute or two", flush=True)
     for number in progress(range(MAX_UPDATES), desc="learn the decoder", unit="update"):
         if number % CHECK_EVERY == 0 and error() < ENOUGH * of_mean:
             break

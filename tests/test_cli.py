@@ -316,9 +316,24 @@ def test_a_network_of_another_size_is_refused(capsys, empty_folder):
     folder = make_run(empty_folder / "old")
     agent = jedi.Agent(6, jedi.Args(**MICRO)).state_dict()
     jedi.save_checkpoint(folder, dict(script="jedi_atari", args="{}", agent=agent, epoch=1))
-    assert "sizes of the networks" in refused(
-        ["--eval-only", str(folder), "--lstm-size", "8"], capsys
-    )
+    for change in (
+        "--lstm-size 8",
+        "--encoder-stride 2",
+        "--reward-blocks 9",
+        "--reward-blocks 11",
+    ):
+        argv = ["--eval-only", str(folder), *change.split()]
+        assert "sizes of the networks" in refused(argv, capsys)
+
+
+@pytest.mark.parametrize("key", ["expected_reward", "no_more"])
+def test_a_run_begun_by_another_version_is_refused(key, capsys, empty_folder):
+    """Whose checkpoint lacks an argument of today, or has one that is gone."""
+    folder = make_run(empty_folder / "old")
+    old = vars(jedi.Args(**MICRO)).copy()
+    old.pop(key) if key in old else old.update({key: 1})
+    jedi.save_checkpoint(folder, dict(script="jedi_atari", args=json.dumps(old), epoch=1))
+    assert "another version" in refused(["--resume", "--run-dir", str(folder)], capsys)
 
 
 @pytest.mark.parametrize("text", ['{"learning_rates": 3}', "[1]", "not JSON", ""])

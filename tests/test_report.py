@@ -475,13 +475,6 @@ def test_failure_while_writing_leaves_the_old_report(pictures, tmp_path, monkeyp
     assert snapshot(tmp_path) == {"out/report.md": b"old"} and "no space" in capsys.readouterr().err
 
 
-def test_the_readmes_table_is_made_from_the_results(rliable, capsys, monkeypatch):
-    """README.md holds what the script prints from results/, so that nobody types a score."""
-    monkeypatch.chdir(ROOT)
-    assert report.main(["paper=results/paper", "--readme-table"]) == 0
-    assert capsys.readouterr().out.strip() in (ROOT / "README.md").read_text()
-
-
 def test_readme_table(rliable, tmp_path, capsys):
     for seed in range(2):
         write_run(tmp_path / "small", "Pong", seed)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import toys
 from conftest import MICRO, ROOT, command_line, random_agent, replace
@@ -278,21 +279,25 @@ def test_random_play_is_uniform_and_needs_no_network(micro, monkeypatch):
 
 
 def test_the_verdict_on_what_was_learned():
-    """Mean and 1.96 standard errors: the intervals of 25 games apart, or not."""
-    chance = [1.0, 3.0] * 13  # mean 2, standard deviation 1
-    cases = {
-        "better for certain": [3.0, 5.0] * 13,
-        "worse for certain": [0.0, 1.0] * 13,
-        "neither better nor worse for certain": [1.7, 3.7] * 13,
-        "too few games to tell": [9.0, 11.0] * 5,
-    }
-    for verdict, returns in cases.items():
-        text = jedi.compare(chance, returns)
-        assert text.endswith(f"over {len(returns)} games each: {verdict}")
-        assert text.startswith(
-            "random play 2.0 (1.6 to 2.4), this agent "
-        )  # 1.96 / sqrt(26) = 0.38
-    assert "this agent 4.0 (3.6 to 4.4)" in jedi.compare(chance, cases["better for certain"])
+    """Welch's t beyond 3, of at least 20 games; the intervals are two standard errors on each side."""
+    chance = [1.0, 3.0] * 13  # mean 2, standard error 1 / 5
+    cases = [
+        ([3.0, 5.0] * 13, "better for certain"),
+        ([0.0, 1.0] * 13, "worse for certain"),
+        ([1.7, 3.7] * 13, "no clear difference"),
+        ([9.0, 11.0] * 5, "no clear difference"),  # too few games
+        ([5.0] * 26, "better for certain"),
+    ]
+    for now, verdict in cases:
+        text = jedi.compare(chance, now)
+        assert text.endswith(f"over {len(now)} games each: {verdict}")
+        assert text.startswith("random play 2.00 (1.60 to 2.40), this agent ")
+        if len(now) >= 20:
+            t = scipy.stats.ttest_ind(now, chance, equal_var=False).statistic
+            assert (abs(t) > 3) == ("certain" in verdict)
+    assert "this agent 4.00 (3.60 to 4.40)" in jedi.compare(chance, cases[0][0])
+    assert jedi.compare([0.0] * 40, [0.0] * 36 + [1.0] * 4).endswith("no clear difference")
+    assert jedi.compare([0.0] * 40, [0.0] * 40).endswith("no clear difference")
 
 
 def test_evaluation_plays_so_many_whole_games_of_each_environment(micro, monkeypatch):
