@@ -152,7 +152,7 @@ def test_a_fork_runs_from_beginning_to_end(name, fork, tmp_path, capsys):
     assert script.main(command_line(MICRO | changes)) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["env_steps"] == 100 and len(result["returns"]) == 2
-    assert result["args"]["sample_steps"] == (1 if name == "one_step" else 3)
+    assert result["args"]["preset"] == ("one_step" if name == "one_step" else "tiny")
     assert (tmp_path / "run" / "jedi_atari.py").read_text() == (
         ROOT / "jedi_atari.py"
     ).read_text() or name != "my_game"

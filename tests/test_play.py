@@ -311,7 +311,8 @@ def test_restart_from_a_frame_of_the_replay(session):
     expected = session.model.decoder.pictures(
         session.model.agent.encode(torch.from_numpy(frames)[None])
     )[0, 0]
-    assert np.array_equal(session.scene.frame, expected)
+    # Batches of other sizes round otherwise, which can move a byte by one.
+    assert np.abs(session.scene.frame.astype(int) - expected.astype(int)).max() <= 1
     _, header, pixels = unpack(session.preview(30))
     assert header == {"index": 30} and pixels == frames[0].tobytes()
 
