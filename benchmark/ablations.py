@@ -63,10 +63,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Sizes for a small machine with the papers' choices: what the variants are changed from, but for --base.
 BASES = {"centred": dict(latent_norm="center"), "plain": dict(latent_norm="none")}
-COMMON = jedi.PRESETS["small"] | dict(
-    max_episode_steps=1_200, epoch_steps=150, diffusion_updates=40, reward_updates=40, policy_updates=10,
-    eval_every=10, encoder_width=8, reward_noise=0.0, learning_rate=1e-3, encoder_lr_scale=0.03,
-    entropy_weight=0.001, horizon=8,
+COMMON = jedi.PRESETS["small"] | common.NARROW
+COMMON |= dict(
+    epoch_steps=150, diffusion_updates=40, reward_updates=40, policy_updates=10, eval_every=10,
+    reward_noise=0.0, entropy_weight=0.001, horizon=8,
 )  # fmt: skip
 
 

@@ -11,6 +11,8 @@ from types import ModuleType
 
 import torch
 
+# Over the preset `small`: an encoder half as wide, which learns faster. For measurements of a few minutes.
+NARROW = dict(encoder_width=8, learning_rate=1e-3, encoder_lr_scale=0.03, max_episode_steps=1_200)
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")
 
 

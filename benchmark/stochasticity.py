@@ -42,7 +42,6 @@ CHANCE = {
     "plain": dict(frame_skip_min=4, frame_skip_max=4, sticky_prob=0.0),
     "stochastic": dict(frame_skip_min=2, frame_skip_max=6, sticky_prob=0.25),
 }
-SIZES = dict(encoder_width=8, learning_rate=1e-3, encoder_lr_scale=0.03, max_episode_steps=1_200)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -155,7 +154,7 @@ def spread(agent: jedi.Agent, moments: list[Situation], args: jedi.Args) -> dict
 def measure(game: str, chance: str, options: argparse.Namespace) -> list[dict]:
     """All settings on one game."""
     begun = time.monotonic()
-    sizes = jedi.PRESETS["small"] | SIZES | CHANCE[chance]
+    sizes = jedi.PRESETS["small"] | common.NARROW | CHANCE[chance]
     args = jedi.Args(**sizes, env_id=game, compile=False)
     agent, loss = train_world_model(args, options.updates, options.steps)
     heldout = common.play(jedi, agent, args, 1_000 + args.seed, 1_000)

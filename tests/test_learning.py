@@ -1,7 +1,6 @@
 """It learns: whole runs on Catch; a world model of a ball that drifts by chance. `python -m pytest -m learning`."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import scipy.stats
 import torch
 import toys
+from test_quick_start import quick_start
 
 import jedi_atari as jedi
 
@@ -134,8 +134,7 @@ def test_jedi_learns_catch(seed):
 @pytest.mark.slow
 def test_the_quick_start_learns_a_real_game(tmp_path):
     """The README's first command, on a seed that is in no table: its last line says better, and `result.json` agrees."""
-    readme = (HERE.parent / "README.md").read_text()
-    argv = re.search(r"&& python (jedi_atari\.py --env-id \w+ --preset tiny)\n", readme)[1].split()
+    argv = quick_start("tiny").split()[1:]
     command = [sys.executable, *argv, "--seed", "11", "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=1_800)
     assert done.returncode == 0, done.stderr
