@@ -19,7 +19,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
 import importlib.util
 import io
 import json
@@ -32,7 +31,6 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -51,6 +49,7 @@ IMAGE_SIZE = 64  # pixels; frames are 64 x 64 RGB [P, D]
 LATENT_SHAPE = (16, 8, 8)  # channels, height, width [P]
 LATENT_BOUND = 3.0  # the clamp C(z) = 3 tanh(z / 3) keeps every latent value in (-3, 3) [P]
 NOOP_MAX = 30  # at most so many no-ops at the start of a game [D]
+QUARTER_WEIGHTS = (0.1, 0.1, 0.1, 0.7)  # of the replay's episodes, oldest to newest quarter [D]
 FIRST_REWARDS = 10  # the first play goes on until so many steps had a rare reward [D]
 NOISE_STD, NOISE_RANGE = 1.2, (0.002, 20.0)  # of ln(sigma) in training [E]; of sigma [D]
 SIGMA_MIN, RHO = 0.002, 7.0  # last noise level before 0 and curvature of the sampler's schedule [E]
@@ -89,6 +88,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU where there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where matrix units have it [C]
     compile: bool = dataclasses.field(default_factory=torch.cuda.is_available)  # on with CUDA
+    cuda_graphs: bool = True  # on a GPU, record each update as one program and replay it
     run_dir: str = ""  # folder of the run; empty: runs/<game>__<script>__<seed>__<time>
     resume: bool = False  # carry on the run in --run-dir, or begin it if nothing is there yet
     eval_only: str = ""  # folder of a run: play --final-episodes games with it, train nothing
@@ -195,21 +195,6 @@ def check_args(args: Args) -> None:
 
 
 # ---- 2. Environment: Atari as DIAMOND plays it, one plain environment ----------------------------
-
-# Mean return of random play and of a human player. Source: DIAMOND, table 1.
-REFERENCE_SCORES: dict[str, tuple[float, float]] = {
-    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0),
-    "Asterix": (210.0, 8503.3), "BankHeist": (14.2, 753.1), "BattleZone": (2360.0, 37187.5),
-    "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5), "ChopperCommand": (811.0, 7387.8),
-    "CrazyClimber": (10780.5, 35829.4), "DemonAttack": (152.1, 1971.0), "Freeway": (0.0, 29.6),
-    "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5), "Hero": (1027.0, 30826.4),
-    "Jamesbond": (29.0, 302.8), "Kangaroo": (52.0, 3035.0), "Krull": (1598.0, 2665.5),
-    "KungFuMaster": (258.5, 22736.3), "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6),
-    "PrivateEye": (24.9, 69571.3), "Qbert": (163.9, 13455.0), "RoadRunner": (11.5, 7845.0),
-    "Seaquest": (68.4, 42054.7), "UpNDown": (533.4, 11693.2),
-}  # fmt: skip
-
-
 def resolve_env_id(env_id: str) -> tuple[str, str]:
     """`Pong`, `ALE/Pong-v5`, `PongNoFrameskip-v4`, `module:Name-v0` -> gymnasium id, short name."""
     gym.register_envs(ale_py)
@@ -227,7 +212,7 @@ class Game(gym.Wrapper):
         super().__init__(env)
         self.frame_skip = sorted((args.frame_skip_min, args.frame_skip_max)) if atari else (1, 1)
         self.noop_max, self.sticky_prob = NOOP_MAX if atari else 0, args.sticky_prob
-        self.max_steps, self.lives, self.steps = args.max_episode_steps, 0, 0
+        self.max_steps, self.lives = args.max_episode_steps, 0
         self.observation_space = gym.spaces.Box(0, 255, (IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -238,7 +223,8 @@ class Game(gym.Wrapper):
             if terminated or truncated:
                 frame, info = self.env.reset()
         # After the no-ops: Amidar and DemonAttack misreport their lives on the very first frame.
-        self.lives, self.steps, self.last_action = info.get("lives", 0), 0, 0
+        self.lives, self.steps, self.episode_return = info.get("lives", 0), 0, 0.0
+        self.last_action = 0
         return self.resize(frame), info
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -254,20 +240,17 @@ class Game(gym.Wrapper):
             reward += float(frame_reward)
             if terminated or truncated:
                 break
-        self.steps += 1
+        self.steps, self.episode_return = self.steps + 1, self.episode_return + reward
         truncated = truncated or (self.steps >= self.max_steps and not terminated)
         lives = info.get("lives", 0)
-        # Only a FALL tells anything: four games always report 0, DemonAttack's count can rise,
-        # BankHeist plays on at 0.
+        # Only a FALL tells: four games always say 0, BankHeist plays on at 0, DemonAttack's rise.
         end, self.lives = terminated or lives < self.lives, lives
         info = {**info, "end": end, "stop": end or truncated}
         frame = np.maximum(*shown[-2:]) if len(shown) > 1 else shown[-1]
         return self.resize(frame), reward, terminated, truncated, info
 
     def resize(self, frame: np.ndarray) -> np.ndarray:
-        """(h, w, 3) -> (64, 64, 3) by area interpolation."""
-        if frame.shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
-            return frame.copy()  # the environment may write its next frame into the same memory
+        """(h, w, 3) -> (64, 64, 3) by area interpolation; a copy at that size, too."""
         return cv2.resize(frame, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
 
 
@@ -302,14 +285,10 @@ class Windows(NamedTuple):
 
 
 class ReplayBuffer:
-    """All play so far, flat in time, on the training device. An episode of n steps that has ended
-    holds n + 1 frames: its true last one too."""
-
-    QUARTER_WEIGHTS = (0.1, 0.1, 0.1, 0.7)  # oldest to newest quarter of the episodes [D]
+    """All play so far, flat in time, on the training device; ended episodes with a last frame."""
 
     def __init__(self, capacity: int, device: torch.device):
-        self.device, self.open = device, False  # open: the last episode goes on
-        self.size = self.num_episodes = 0
+        self.device, self.size, self.num_episodes, self.open = device, 0, 0, False  # open: goes on
         shape = (capacity, IMAGE_SIZE, IMAGE_SIZE, 3)
         self.frames = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.actions = torch.zeros(capacity, dtype=torch.int64, device=device)
@@ -317,7 +296,8 @@ class ReplayBuffer:
         self.ends = torch.zeros(capacity, dtype=torch.bool, device=device)
         self.starts = torch.zeros(capacity, dtype=torch.int64, device=device)  # of each episode
         self.lengths = torch.zeros(capacity, dtype=torch.int64, device=device)  # in records
-        self.weights = torch.tensor(self.QUARTER_WEIGHTS, device=device)
+        self.count = torch.zeros((), dtype=torch.int64, device=device)  # num_episodes, over there
+        self.weights = torch.tensor(QUARTER_WEIGHTS, device=device)
 
     def add(self, frame: np.ndarray, action: int, reward: float, end: bool, last=None) -> None:
         """One step; `end`: it terminated; `last`: the frame after it, if the episode stops here."""
@@ -331,6 +311,7 @@ class ReplayBuffer:
             if not self.open:
                 self.starts[self.num_episodes] = self.size
                 self.num_episodes += 1
+                self.count.fill_(self.num_episodes)
             action, final, end, reward, frame = row
             self.frames[self.size] = torch.from_numpy(frame).to(self.device)
             self.actions[self.size], self.rewards[self.size] = action, reward
@@ -341,15 +322,14 @@ class ReplayBuffer:
     def _draw(self, batch_size: int, length: int, final: bool) -> tuple[Tensor, ...]:
         """Episodes (a quarter by its weight, then any of it), how many of their steps count
         (`final`: with the last frame), one of these steps, and its place in a window [D]."""
-        n, quarter = self.num_episodes, self.num_episodes // 4
-        if quarter == 0:  # by length while there are fewer than four; just opened ones are no use
-            weights = (self.lengths[:n] - 1).clamp(min=0).float()
-            episode = torch.multinomial(weights, batch_size, replacement=True)
-        else:
-            which = torch.multinomial(self.weights, batch_size, replacement=True)
-            sizes = torch.where(which == 3, n - 3 * quarter, quarter)
+        few, quarter = self.num_episodes < 4, self.count // 4
+        # Few: by length; one just opened is no use. Two at least: drawing one, the host waits.
+        weights = (self.lengths[:3] - 1).clamp(min=0).float() if few else self.weights
+        episode = torch.multinomial(weights, max(batch_size, 2), replacement=True)[:batch_size]
+        if not few:
+            sizes = torch.where(episode == 3, self.count - 3 * quarter, quarter)
             place = (torch.rand(batch_size, device=self.device) * sizes).long()
-            episode = (which * quarter + place).clamp(max=n - 1)
+            episode = (episode * quarter + place).minimum(self.count - 1)
         count = (self.lengths[episode] - (0 if final else 1)).clamp(min=1)
         step = (torch.rand(batch_size, device=self.device) * count).long().minimum(count - 1)
         return episode, count, step, torch.randint(length, (batch_size,), device=self.device)
@@ -374,8 +354,7 @@ class ReplayBuffer:
     def sample_transitions(self, batch_size: int, length: int) -> Windows:
         """Windows of `length` transitions (`length` + 1 frames) that may run past an episode's end;
         `mask` (B, length) marks the real ones, each with its two frames."""
-        # DEVIATION 5: a window that would begin before its episode begins with it, the padding at
-        # its end. DIAMOND runs its LSTM over the padding, whose zeros change the state.
+        # DEVIATION 5: padding at a window's end only: before its begin it would move LSTM states.
         episode, count, step, place = self._draw(batch_size, length, final=False)
         stop, start = (step - place + length).minimum(count), (step - place).clamp(min=0)
         windows = self._cut(episode, start, length + 1, self.lengths[episode].minimum(stop + 1))
@@ -402,9 +381,7 @@ def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
     return nn.GroupNorm(max(1, channels // 32), channels, affine=affine)
 
 
-def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the picture's size."""
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
+conv3x3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 def zero_(layer: nn.Module) -> nn.Module:
@@ -414,14 +391,19 @@ def zero_(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def make_lstm(inputs: int, size: int) -> nn.LSTM:
+class LSTM(nn.LSTM):
     """Input weights xavier, recurrent ones orthogonal, biases 0 but the forget gate's: 1 [D]."""
-    lstm = nn.LSTM(inputs, size, batch_first=True)
-    nn.init.xavier_uniform_(lstm.weight_ih_l0)
-    nn.init.orthogonal_(lstm.weight_hh_l0)
-    lstm.bias_hh_l0.data.zero_()
-    lstm.bias_ih_l0.data.zero_()[size : 2 * size] = 1.0
-    return lstm
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight_ih_l0)
+        nn.init.orthogonal_(self.weight_hh_l0)
+        self.bias_hh_l0.data.zero_()
+        self.bias_ih_l0.data.zero_().chunk(4)[1].fill_(1.0)
+
+    def forward(self, x: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
+        """In float32: autocast on CUDA takes float16, whose gradients end at 6e-8."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float(), state)
 
 
 class EncoderStage(nn.Module):
@@ -482,18 +464,17 @@ class LatentNorm(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(..., 16, 8, 8) -> the same shape. DEVIATION 1: in the papers the latents themselves."""
-        return z if self.mode == "none" else (z - self.mean) * self.scale()
+        if self.mode == "none":
+            return z
+        return (z - self.mean) * (self.sigma_data * torch.rsqrt(self.variance + 1e-8))
 
     def clamp(self, z: Tensor) -> Tensor:
         """C for a predicted latent. In the plain space it is the papers', which bends a correct
         prediction (1 -> 0.965); in the centred space a cut at what the encoder can say."""
         if self.mode == "none":
             return clamp_latent(z)
-        low, high = ((s * LATENT_BOUND - self.mean) * self.scale() for s in (-1, 1))
-        return torch.clamp(z, low, high)
-
-    def scale(self) -> Tensor:
-        return self.sigma_data * torch.rsqrt(self.variance + 1e-8)
+        bound = torch.full_like(self.mean, LATENT_BOUND)
+        return torch.clamp(z, self.forward(-bound), self.forward(bound))
 
 
 class SelfAttention(nn.Module):
@@ -508,29 +489,29 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
-        x = self.norm(x)
-        # (B, 3C, H, W) -> 3 x (B, heads, H * W, C / heads)
-        qkv = self.qkv(x).flatten(2).reshape(b, 3, self.heads, c // self.heads, h * w)
-        q, k, v = qkv.transpose(3, 4).unbind(1)
-        y = F.scaled_dot_product_attention(q, k, v)
-        # The residual is added to the normalised input [D].
-        return x + self.out(y.transpose(2, 3).reshape(b, c, h, w))
+        x, size = self.norm(x), c // self.heads
+        # (B, 3C, H, W) -> 3 x (B * heads, C / heads, H * W)
+        q, k, v = self.qkv(x).reshape(b, 3, -1, size, h * w).transpose(0, 1).flatten(1, 2)
+        # Two products: fused attention is made for long sequences, not for 64 places.
+        attention = torch.bmm((q * size**-0.5).transpose(1, 2), k).softmax(2)
+        y = torch.bmm(v, attention.transpose(1, 2)).reshape(b, c, h, w)
+        return x + self.out(y)  # the residual is the normalised input [D]
 
 
 class ResBlock(nn.Module):
     """Two convolutions after group norms that `cond` scales and shifts; skip; attention [D]."""
 
-    def __init__(self, inputs: int, outputs: int, cond_dim: int, attention: bool = False):
+    def __init__(self, inputs: int, outputs: int, attention: bool = False):
         super().__init__()
         self.norm1, self.conv1 = group_norm(inputs, affine=False), conv3x3(inputs, outputs)
         self.norm2, self.conv2 = group_norm(outputs, affine=False), zero_(conv3x3(outputs, outputs))
-        self.cond1, self.cond2 = (nn.Linear(cond_dim, 2 * c) for c in (inputs, outputs))
+        self.sizes = (inputs, inputs, outputs, outputs)  # of a scale and a shift for each norm
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         self.attention = SelfAttention(outputs) if attention else nn.Identity()
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        scale1, shift1 = self.cond1(cond)[:, :, None, None].chunk(2, dim=1)
-        scale2, shift2 = self.cond2(cond)[:, :, None, None].chunk(2, dim=1)
+        """x (B, inputs, 8, 8), cond (B, sum(sizes)) -> (B, outputs, 8, 8)."""
+        scale1, shift1, scale2, shift2 = cond[:, :, None, None].split(self.sizes, dim=1)
         y = self.conv1(F.silu(self.norm1(x) * (1 + scale1) + shift1))
         y = self.conv2(F.silu(self.norm2(y) * (1 + scale2) + shift2))
         return self.attention(self.skip(x) + y)
@@ -547,24 +528,29 @@ class Denoiser(nn.Module):
         self.action_embedding = nn.Embedding(num_actions, dim // args.context_frames)
         self.cond = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.conv_in = conv3x3((args.context_frames + 1) * channels, width)
-        self.down = ResBlock(width, width, dim)
-        self.middle = nn.ModuleList(ResBlock(width, width, dim, attention=True) for _ in range(2))
-        self.up = nn.ModuleList(ResBlock(2 * width, width, dim) for _ in range(2))
+        self.down = ResBlock(width, width)
+        self.middle = nn.ModuleList(ResBlock(width, width, attention=True) for _ in range(2))
+        self.up = nn.ModuleList(ResBlock(2 * width, width) for _ in range(2))
+        self.sizes = [sum(block.sizes) for block in (self.down, *self.middle, *self.up)]
+        self.scales = nn.Linear(dim, sum(self.sizes))
         self.norm_out = group_norm(width)
         self.conv_out = zero_(conv3x3(width, channels))
 
-    def forward(self, x: Tensor, c_noise: Tensor, context: Tensor, actions: Tensor) -> Tensor:
-        """x and output (B, 16, 8, 8), c_noise (B,), context (B, N, 16, 8, 8), actions (B, N)."""
+    def condition(self, c_noise: Tensor, actions: Tensor) -> Tensor:
+        """c_noise (B,), actions (B, N) -> scales and shifts of all blocks, (B, sum(sizes))."""
         angle = 2 * math.pi * c_noise[:, None] * self.fourier
         noise_features = torch.cat([angle.cos(), angle.sin()], dim=1)
-        cond = self.cond(noise_features + self.action_embedding(actions).flatten(1))
+        return self.scales(self.cond(noise_features + self.action_embedding(actions).flatten(1)))
+
+    def forward(self, x: Tensor, context: Tensor, cond: Tensor) -> Tensor:
+        """x and output (B, 16, 8, 8), context (B, N, 16, 8, 8), cond as `condition` gives it."""
+        down, middle1, middle2, up1, up2 = cond.split(self.sizes, dim=1)
         x = torch.cat([(context / self.sigma_data).flatten(1, 2), x], dim=1)
         x0 = self.conv_in(x.contiguous(memory_format=torch.channels_last))
-        x1 = x = self.down(x0, cond)
-        for block in self.middle:
-            x = block(x, cond)
-        for block, skip in zip(self.up, (x1, x0), strict=True):
-            x = block(torch.cat([x, skip], dim=1), cond)
+        x1 = self.down(x0, down)
+        x = self.middle[1](self.middle[0](x1, middle1), middle2)
+        x = self.up[0](torch.cat([x, x1], dim=1), up1)
+        x = self.up[1](torch.cat([x, x0], dim=1), up2)
         return self.conv_out(F.silu(self.norm_out(x))).float()
 
 
@@ -578,20 +564,20 @@ class RewardTerminationModel(nn.Module):
         self.conv_in = conv3x3(2 * LATENT_SHAPE[0], width)
         # Eight blocks, then two with attention; all at 8 x 8, where DIAMOND halves the picture.
         blocks = range(args.reward_blocks)
-        self.blocks = nn.ModuleList(ResBlock(width, width, cond_dim, i >= 8) for i in blocks)
-        self.lstm = make_lstm(width * LATENT_SHAPE[1] * LATENT_SHAPE[2], size)
+        self.blocks = nn.ModuleList(ResBlock(width, width, attention=i >= 8) for i in blocks)
+        self.scales = nn.Linear(cond_dim, len(blocks) * 4 * width)
+        self.lstm = LSTM(width * LATENT_SHAPE[1] * LATENT_SHAPE[2], size, batch_first=True)
         self.head = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, 5))
-        # DEVIATION 7: a bias that says "rewards and ends are rare"; DIAMOND's head has none.
-        # Without it the LSTM learns to say so first, by saturating, and then hardly anything else.
+        # DEVIATION 7: "rewards and ends are rare" from the start, lest the LSTM saturate to say so.
         self.head[-1].bias.data.copy_(torch.tensor([-4.0, 0.0, -4.0, 0.0, -4.0]))
 
     def features(self, z: Tensor, actions: Tensor) -> Tensor:
         """z (B, T + 1, 16, 8, 8), actions (B, T) -> (B, T, width * 64), all but the recurrence."""
         pairs = torch.cat([z[:, :-1], z[:, 1:]], dim=2).flatten(0, 1)
-        cond = self.action_embedding(actions.flatten())
+        cond = self.scales(self.action_embedding(actions.flatten())).chunk(len(self.blocks), dim=1)
         x = self.conv_in(pairs.contiguous(memory_format=torch.channels_last))
-        for block in self.blocks:
-            x = block(x, cond)
+        for block, scales in zip(self.blocks, cond, strict=True):
+            x = block(x, scales)
         # DEVIATION 10: what ten blocks add up to grows; unnormalised it saturates the LSTM.
         return F.group_norm(x, max(1, x.shape[1] // 32)).reshape(*actions.shape, -1)
 
@@ -606,7 +592,7 @@ class ActorCritic(nn.Module):
 
     def __init__(self, num_actions: int, lstm_size: int):
         super().__init__()
-        self.lstm = make_lstm(math.prod(LATENT_SHAPE), lstm_size)
+        self.lstm = LSTM(math.prod(LATENT_SHAPE), lstm_size, batch_first=True)
         self.policy = zero_(nn.Linear(lstm_size, num_actions))
         self.value = zero_(nn.Linear(lstm_size, 1))
 
@@ -635,13 +621,14 @@ class Agent(nn.Module):
         self.denoiser = Denoiser(num_actions, args)
         self.reward = RewardTerminationModel(num_actions, args)
         self.policy = ActorCritic(num_actions, args.lstm_size)
+        self.to(memory_format=torch.channels_last)  # as the activations are: no copies of weights
 
     def latents(self, frames: Tensor) -> Tensor:
         """Frames (..., 64, 64, 3) uint8 -> the encoder's latents (..., 16, 8, 8)."""
         flat = frames.flatten(0, -4)
         # A chunk's activations stay in a CPU's caches: that halves the encoder's time there.
         chunk = CPU_CHUNK if flat.device.type == "cpu" else len(flat)
-        z = torch.cat([self.encoder(part) for part in flat.split(chunk)])
+        z = torch.cat([self.encoder(part) for part in flat.split(chunk)]).contiguous()
         return z.unflatten(0, frames.shape[:-3])
 
     def encode(self, frames: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -661,16 +648,12 @@ def precondition(sigma: Tensor, sigma_data: float, sigma_offset: float) -> tuple
     return *(c[:, None, None, None] for c in (c_in, c_out, c_skip)), torch.log(sigma) / 4
 
 
-def sample_sigma(batch_size: int, args: Args, device: torch.device) -> Tensor:
-    """(B,) training noise levels: log-normal, clipped [E, D]."""
-    normal = torch.randn(batch_size, device=device)
-    return torch.exp(normal * NOISE_STD + args.noise_mean).clamp(*NOISE_RANGE)
-
-
-def add_noise(z: Tensor, sigma: Tensor, sigma_offset: float) -> Tensor:
-    """z (B, C, H, W) plus noise of level sigma (B,), plus a shared value per channel [D]."""
-    offset = sigma_offset * torch.randn(*z.shape[:2], 1, 1, device=z.device)
-    return z + sigma[:, None, None, None] * torch.randn(z.shape, device=z.device) + offset
+def add_noise(z: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """z (B, C, H, W) plus noise, plus a value per channel [D]; levels (B,), log-normal [E, D]."""
+    normal = torch.randn(len(z), device=z.device)
+    sigma = torch.exp(normal * NOISE_STD + args.noise_mean).clamp(*NOISE_RANGE)
+    offset = args.sigma_offset * torch.randn(*z.shape[:2], 1, 1, device=z.device)
+    return z + sigma[:, None, None, None] * torch.randn(z.shape, device=z.device) + offset, sigma
 
 
 def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> list[float]:
@@ -679,37 +662,39 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) ->
     return [(high + i / intervals * (low - high)) ** rho for i in range(steps)] + [0.0]
 
 
-def denoise(agent: Agent, z: Tensor, sigma: Tensor, past: Tensor, actions: Tensor, args: Args):
-    """D_theta, clamped: z (B, 16, 8, 8) at noise levels sigma (B,), after `past` (B, N, 16, 8, 8)
-    and `actions` (B, N) -> the clean latent expected there."""
-    c_in, c_out, c_skip, c_noise = precondition(sigma, args.sigma_data, args.sigma_offset)
-    output = agent.denoiser(c_in * z, c_noise, past, actions)
-    return agent.norm.clamp(c_skip * z + c_out * output)
+@functools.cache
+def sampler_steps(args: Args) -> list[tuple[float, ...]]:
+    """Each Euler step's sigma, sigma_hat (after churn), next sigma, and c_in, c_out, c_skip and
+    c_noise. DEVIATION 9: at sigma_hat, where z is then [E]; DIAMOND's code at sigma."""
+    sigmas = karras_sigmas(args.sample_steps, SIGMA_MIN, args.sample_sigma_max, RHO)
+    gamma = min(args.s_churn / args.sample_steps, math.sqrt(2) - 1)
+    hats = [sigma * (1 + gamma) for sigma in sigmas[:-1]]
+    c = precondition(torch.tensor(hats).double(), args.sigma_data, args.sigma_offset)
+    return list(zip(sigmas[:-1], hats, sigmas[1:], *(x.flatten().tolist() for x in c), strict=True))
 
 
 @torch.no_grad()
 def sample_next_latent(agent: Agent, context: Tensor, actions: Tensor, args: Args) -> Tensor:
     """context (B, N, 16, 8, 8), actions (B, N) -> an imagined latent (B, 16, 8, 8), by Euler steps
     [E, algorithm 2]. From unit noise [D] samples vary less than the truth: docs/stochasticity.md"""
-    sigmas = karras_sigmas(args.sample_steps, SIGMA_MIN, args.sample_sigma_max, RHO)
-    gamma = min(args.s_churn / args.sample_steps, math.sqrt(2) - 1)
+    steps, batch, device = sampler_steps(args), len(actions), context.device
+    # Nothing in the conditioning depends on z: one pass for all steps.
+    c_noise = torch.cat([torch.full((batch,), step[-1], device=device) for step in steps])
+    cond = agent.denoiser.condition(c_noise, actions.repeat(len(steps), 1)).chunk(len(steps))
     scale = args.sample_sigma_max if args.sample_start == "sigma_max" else 1.0
-    z = torch.randn(context[:, -1].shape, device=context.device) * scale
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
-        sigma_hat = sigma * (1 + gamma)
-        if gamma > 0:
-            z = z + math.sqrt(sigma_hat**2 - sigma**2) * torch.randn(z.shape, device=z.device)
-        # DEVIATION 9: the denoiser is told sigma_hat, where z is now [E]; DIAMOND's code sigma.
-        levels = torch.full((len(z),), sigma_hat, device=z.device)
-        denoised = denoise(agent, z, levels, context, actions, args)
-        z = z + (sigma_next - sigma_hat) * (z - denoised) / sigma_hat
+    z = torch.randn(context[:, -1].shape, device=device) * scale
+    for (sigma, hat, sigma_next, c_in, c_out, c_skip, _), scales in zip(steps, cond, strict=True):
+        if hat > sigma:
+            z = z + math.sqrt(hat**2 - sigma**2) * torch.randn(z.shape, device=device)
+        output = agent.denoiser(c_in * z, context, scales)
+        denoised = agent.norm.clamp(c_skip * z + c_out * output)
+        z = z + (sigma_next - hat) * (z - denoised) / hat
     return z
 
 
 # ---- 6. World model losses -----------------------------------------------------------------------
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of `values` where `mask`; 0 where nothing is. No synchronisation with the host."""
-    mask = mask.to(values.dtype)
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -724,15 +709,15 @@ def diffusion_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, di
     for i in range(args.target_frames):
         # The one stop-gradient of JEDI: else the encoder could win by making all latents equal.
         target = z[:, n + i].detach()
-        sigma = sample_sigma(len(z), args, z.device)
-        noisy = add_noise(target, sigma, args.sigma_offset)
+        noisy, sigma = add_noise(target, args)
         c_in, c_out, c_skip, c_noise = precondition(sigma, args.sigma_data, args.sigma_offset)
         past = torch.stack(context[-n:], dim=1)  # carries the encoder's gradient
-        output = agent.denoiser(c_in * noisy, c_noise, past, batch.actions[:, i : i + n])
+        cond = agent.denoiser.condition(c_noise, batch.actions[:, i : i + n])
+        output = agent.denoiser(c_in * noisy, past, cond)
         error = output - (target - c_skip * noisy) / c_out
         losses.append(error.square().mean((1, 2, 3)))
         # Random switching: half of the batches go on from the denoiser's own output, as imagination
-        # will; detached, so that no gradient runs through two passes. A tensor decides, no host.
+        # does; detached, so that no gradient runs through two passes.
         denoised = agent.norm.clamp(c_skip * noisy + c_out * output).detach()
         switch = torch.rand((), device=z.device) < args.switch_prob
         real = batch.mask[:, n + i, None, None, None]
@@ -787,9 +772,8 @@ def open_loop(agent: Agent, z: Tensor, actions: Tensor, steps: int, args: Args) 
 
 @torch.no_grad()
 def imagine(agent: Agent, start: Windows, args: Args) -> Imagined:
-    """Let the policy act for `args.horizon` steps in the world model, from windows of real frames.
-    Rewards and ends feed nothing back into the latents, so R_psi runs once, at the end. DEVIATION
-    3: a trajectory that ends is masked from there on; DIAMOND starts it afresh."""
+    """Let the policy act for `args.horizon` steps in the world model, from windows of real frames;
+    R_psi, once, at the end. DEVIATION 3: what follows an end is masked; DIAMOND starts afresh."""
     n = args.context_frames
     context = agent.encode(start.frames, start.mask)
     latents, actions = list(context.unbind(1)), list(start.actions[:, : n - 1].unbind(1))
@@ -853,9 +837,7 @@ def actor_critic_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor,
 
 
 # ---- 8. Playing, and measuring the world model on unseen play ------------------------------------
-def progress(iterable=None, **options) -> tqdm:
-    """A bar on a terminal; in a log nothing, where each epoch has its line."""
-    return tqdm(iterable, file=sys.stdout, leave=False, disable=None, **options)
+progress = functools.partial(tqdm, leave=False, disable=None)  # a bar on a terminal, not in logs
 
 
 @torch.compiler.set_stance("force_eager")  # each number of games would be compiled anew
@@ -873,32 +855,27 @@ class Collector:
     def __init__(self, args: Args):
         self.env, self.args, self.actions = make_env(args), args, []
         self.frame, _ = self.env.reset(seed=args.seed)
-        self.lstm: tuple | None = None  # state of the policy's LSTM
-        self.episode_return, self.steps, self.checksum = 0.0, 0, 0
+        self.steps, self.checksum, self.lstm = 0, 0, None  # lstm: the state of the policy's
         self.reward_counts = [0, 0, 0]  # steps with a negative, no and a positive reward
 
-    def step(self, agent: Agent | None, replay: ReplayBuffer) -> list[float]:
-        """Play one step, without an agent at random; returns the game's return if it ended."""
-        if agent:
+    def step(self, agent: Agent | None, replay: ReplayBuffer, action=None) -> list[float]:
+        """Play a step: `action`, the agent's or a random one; the game's return if it ended."""
+        if agent and action is None:
             (action,), self.lstm = act(agent, [self.frame], self.lstm, 1.0)
-        if not agent or torch.rand(()).item() < self.args.epsilon:
+        if action is None or (agent and torch.rand(()).item() < self.args.epsilon):
             action = int(torch.randint(int(self.env.action_space.n), ()).item())
-        return self.play(action, replay)
-
-    def play(self, action: int, replay: ReplayBuffer) -> list[float]:
-        """The same with a given action."""
         frame, reward, terminated, truncated, info = self.env.step(action)
         self.actions.append(action)
         self.checksum = zlib.crc32(frame, self.checksum)  # of all frames that a step led to
-        self.steps, self.episode_return = self.steps + 1, self.episode_return + reward
+        self.steps += 1
         self.reward_counts[int(np.sign(reward)) + 1] += 1
         replay.add(self.frame, action, reward, info["end"], frame if info["stop"] else None)
         self.frame, self.lstm = frame, None if info["stop"] else self.lstm
         if not (terminated or truncated):
             return []
-        finished, self.episode_return = self.episode_return, 0.0
+        finished = [self.env.episode_return]
         self.frame, _ = self.env.reset()
-        return [finished]
+        return finished
 
     def state_dict(self) -> dict:
         """Play is a game's seed and its actions: what else there is follows from them."""
@@ -908,7 +885,7 @@ class Collector:
     def load_state_dict(self, saved: dict, replay: ReplayBuffer) -> None:
         """Play it all again, thousands of steps a second; `BadInput` if that ends otherwise."""
         for action in progress(saved["actions"].tolist(), desc="play again", unit="step"):
-            self.play(action, replay)
+            self.step(None, replay, action)
         if self.checksum != saved["checksum"]:
             raise BadInput(f"{self.args.env_id} goes another way than it did; is ale-py the same?")
         self.lstm = saved["lstm"] and tuple(s.to(replay.device) for s in saved["lstm"])
@@ -928,8 +905,7 @@ def evaluate(agent: Agent, args: Args, episodes: int, number: int = 1, title="ev
     todo = [len(range(i, episodes, len(envs))) for i in range(len(envs))]
     frames = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]
     heldout = ReplayBuffer(HELDOUT_STEPS, agent.norm.mean.device)
-    state, returns, lengths, game = None, [], [], resolve_env_id(args.env_id)[1]
-    totals, ages = [0.0] * len(envs), [0] * len(envs)
+    state, returns, lengths = None, [], []
     print(f"{title}, {episodes} games", flush=True)
     bar = progress(total=episodes, desc=title, unit="game")
     while any(todo):
@@ -939,25 +915,22 @@ def evaluate(agent: Agent, args: Args, episodes: int, number: int = 1, title="ev
             actions = torch.randint(int(envs[0].action_space.n), (len(envs),)).tolist()
         for i in [i for i, left in enumerate(todo) if left]:
             frame, reward, terminated, truncated, info = envs[i].step(actions[i])
-            totals[i], ages[i] = totals[i] + reward, ages[i] + 1
             if i == 0 and heldout.size < HELDOUT_STEPS - 1:
                 stop = info["stop"] or heldout.size == HELDOUT_STEPS - 2
                 heldout.add(frames[i], actions[i], reward, info["end"], frame if stop else None)
             if terminated or truncated:
-                returns.append(totals[i])
-                lengths.append(ages[i])
-                totals[i], ages[i], todo[i] = 0.0, 0, todo[i] - 1
+                returns.append(envs[i].episode_return)
+                lengths.append(envs[i].steps)
+                frame, _ = envs[i].reset()
+                todo[i] -= 1
                 for s in state or ():
                     s[:, i] = 0
-                frame, _ = envs[i].reset()
                 bar.update()
             frames[i] = frame
     bar.close()
-    mean, std = float(np.mean(returns)), float(np.std(returns))
-    low, high = REFERENCE_SCORES.get(game, (0.0, math.inf))
-    found = dict(returns=returns, lengths=lengths, mean_return=mean, std_return=std)
-    found["human_normalized_score"] = (mean - low) / (high - low) if high < math.inf else None
-    return found | dict(measures=measure_world_model(agent, heldout, args))
+    found = dict(mean_return=float(np.mean(returns)), std_return=float(np.std(returns)))
+    measures = measure_world_model(agent, heldout, args)
+    return dict(returns=returns, lengths=lengths, **found, measures=measures)
 
 
 @torch.compiler.set_stance("force_eager")
@@ -968,17 +941,14 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
     z = agent.norm(raw).flatten(1)
     found = dict(latent_std=raw.std().item(), latent_change_std=(z - z.mean(0)).std().item())
     found["latent_saturation"] = (raw.abs() > 0.9 * LATENT_BOUND).float().mean().item()
-    # Effective rank: exp of the entropy of the normalised squared singular values.
     energy = torch.linalg.svdvals((z - z.mean(0)).double()).square() + 1e-30
     p = energy / energy.sum()
     found["latent_effective_rank"] = (-(p * p.log()).sum()).exp().item()
-    # Rewards and terminations on true latents, in windows as long as those of training.
     length = min(args.context_frames + args.reward_window, int(heldout.lengths.max()))
     windows = heldout.all_windows(length, stride=length - 1)
     sign, end = windows.rewards[:, :-1].sign(), windows.ends[:, :-1]
-    parts = zip(windows.frames.split(32), windows.actions.split(32), strict=True)
-    logits = [agent.reward(agent.encode(frames), actions[:, :-1]) for frames, actions in parts]
-    guess, end_guess = (torch.cat(part).argmax(-1) for part in zip(*logits, strict=True))
+    logits = agent.reward(agent.encode(windows.frames), windows.actions[:, :-1])
+    guess, end_guess = (x.argmax(-1) for x in logits)
     for key, hits, of in (
         ("reward_recall", guess - 1 == sign, sign != 0),
         ("reward_false_alarms", guess != 1, sign == 0),
@@ -987,8 +957,7 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
     ):
         found[key] = (hits & of).sum().item() / of.sum().item() if of.any() else None
     found["rewarded_steps"] = (sign != 0).sum().item()
-    # On latents imagined with the recorded actions: error k steps ahead / error of predicting no
-    # change, and the probability that R_psi gives to a true reward k steps into a dream.
+    # Imagined with the recorded actions: errors, and R_psi's probability of the true reward.
     n, longest, found["open_loop_ratio"] = args.context_frames, int(heldout.lengths.max()), None
     steps = min(MAX_OPEN_LOOP, longest - n)
     if steps > 0:
@@ -1031,7 +1000,7 @@ def load_args(run_dir: Path) -> Args:
 
 
 @contextlib.contextmanager
-def open_run_dir(args: Args) -> Iterator[tuple[Path, dict | None]]:
+def open_run_dir(args: Args):
     """The run folder, locked, and its checkpoint. `BadInput` rather than touch another run."""
     name = f"{resolve_env_id(args.env_id)[1]}__{Path(__file__).stem}__{args.seed}"
     run_dir = Path(args.run_dir or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
@@ -1081,7 +1050,7 @@ def load_checkpoint(run_dir: Path, args: Args | None = None) -> dict:
         raise BadInput(f"{path} was written by {script}.py; use that script")
     if args and set(old) != set(vars(args)):
         raise BadInput(f"{run_dir} was begun by another version; use the script copied there")
-    for key in set(old) - {"run_dir", "resume", "device", "compile", "precision", "track"}:
+    for key in set(old) - set("run_dir resume track device precision compile cuda_graphs".split()):
         if args and old[key] != getattr(args, key):
             raise BadInput(f"{run_dir} was begun with {key} {old[key]}; leave it as it is")
     return saved
@@ -1120,20 +1089,15 @@ class Log:
 # ---- 10. The loop --------------------------------------------------------------------------------
 @functools.cache
 def make_schedule(args: Args, first_steps: int) -> list[tuple[int, list[str], bool]]:
-    """What each epoch does: steps of the run after its play (0: as many as the first play takes),
-    the parts that it updates, in order, and whether it is evaluated. Pre-training comes first [D]:
-    a policy in an untrained dream collapses, and an untrained encoder shows no rewards."""
+    """Each epoch's steps of the run after its play (0: as many as the first play takes), the parts
+    that it updates, in order, and whether it is evaluated. The world model is pre-trained [D]."""
 
-    def world_model(diffusion: int, reward: int) -> list[str]:
-        # DEVIATION 2: DIAMOND makes all diffusion updates first. Here the reward updates move the
-        # encoder: a policy right after them would play in a dream that does not know it.
-        half = diffusion // 2
-        return ["diffusion"] * (diffusion - half) + ["reward"] * reward + ["diffusion"] * half
+    def updates(first: str) -> list[str]:
+        d, r, p = ([part] * getattr(args, f"{first}{part}_updates") for part in PARTS)
+        # DEVIATION 2: some diffusion updates last, since those of the reward move the encoder.
+        return d[len(d) // 2 :] + r + d[: len(d) // 2] + p
 
-    pre = world_model(args.first_diffusion_updates, args.first_reward_updates)
-    pre += ["policy"] * args.first_policy_updates
-    later = world_model(args.diffusion_updates, args.reward_updates)
-    later += ["policy"] * args.policy_updates
+    pre, later = updates("first_"), updates("")
     size, epochs = len(later) or len(pre) or 1, [(0, [], True)]
     for i in range(0, len(pre), size):
         epochs.append((first_steps, pre[i : i + size], i + size >= len(pre)))
@@ -1158,8 +1122,9 @@ def make_optimizer(agent: Agent, part: str, args: Args) -> torch.optim.AdamW:
     return torch.optim.AdamW(options, fused=True)
 
 
-def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, number: int, args: Args, bf16):
-    """The `number`-th (from 0) optimiser step of a part. Returns metrics, scalars on the device."""
+def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, rate, args: Args, bf16: bool):
+    """One optimiser step of a part, at `rate` (a number or a scalar on the device, 0 to 1) of its
+    learning rate. Returns metrics, scalars on the device, for which nothing has waited."""
     n, size = args.context_frames, args.batch_size
     if part == "diffusion":
         loss_of, batch = diffusion_loss, replay.sample_frames(size, n + args.target_frames, True)
@@ -1168,8 +1133,9 @@ def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, number: int
         loss_of, batch = reward_termination_loss, replay.sample_transitions(size, transitions)
     else:
         loss_of, batch = actor_critic_loss, replay.sample_frames(size, n, False)
+    recording = replay.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * min(1.0, (number + 1) / max(args.warmup_updates, 1))
+        group |= dict(lr=group["peak"] * rate, capturable=recording)
     with torch.autocast(replay.device.type, torch.bfloat16, enabled=bf16):
         loss, metrics = loss_of(agent, batch, args)
     optimizer.zero_grad(set_to_none=True)
@@ -1178,6 +1144,40 @@ def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, number: int
     norm = nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM[part])
     optimizer.step()
     return {**metrics, "grad_norm": norm.detach()}
+
+
+class Recorded:
+    """An update as one CUDA graph: the host launches it at once, not its thousands of kernels one
+    by one. On a CPU, or not `active`, it runs as written.
+
+    A graph reads and writes the same memory and takes the same path each time. What an update uses
+    must be a tensor that stays where it is, or a number that never changes; what does change is on
+    the device (`rate`, the replay's `count`) or in `key`, at whose change all is recorded anew. It
+    must not read from the device. Its next call overwrites what it returned. Random numbers need no
+    care: a replay takes the generator's state and moves it on as the update as written does, so
+    that both draw the same numbers, and that state is all that resuming needs."""
+
+    WARM_UP = 3  # calls as written first: they compile, choose algorithms, make AdamW's state
+
+    def __init__(self, program, replay: ReplayBuffer, active: bool):
+        self.program, self.replay, self.key, self.calls = program, replay, None, 0
+        self.active = active and replay.device.type == "cuda"
+        self.rate = torch.ones((), device=replay.device)
+
+    def __call__(self, rate: float) -> dict[str, Tensor]:
+        self.rate.fill_(rate)
+        key = self.replay.frames.data_ptr(), self.replay.num_episodes < 4
+        if key != self.key:
+            self.key, self.calls, self.graph = key, 0, None
+        self.calls += 1
+        if not self.active or self.calls <= self.WARM_UP:
+            return self.program(self.rate)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.result = self.program(self.rate)  # recorded, not yet computed
+        self.graph.replay()
+        return self.result
 
 
 def set_up(args: Args) -> tuple[Collector, Agent, bool]:
@@ -1191,16 +1191,25 @@ def set_up(args: Args) -> tuple[Collector, Agent, bool]:
         raise BadInput(f"--device {name}: use auto, cpu, cuda or cuda:N; CUDA devices: {count}")
     # DEVIATION 6: bf16 where it is fast; DIAMOND computes in float32. Diffusion maths stays so.
     if name == "cpu":
-        supported, fast = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
+        supported = torch.cpu._is_avx512_bf16_supported()
     else:
         torch.cuda.set_device(name)
-        supported = fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default one
+        torch.backends.cudnn.benchmark = True  # times its algorithms once for each shape
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
     if args.precision == "bf16" and not supported:
         raise BadInput(f"--precision bf16: this {name} has no bf16 units; use fp32 or auto")
     torch.manual_seed(args.seed)
     collector = Collector(args)
     agent = Agent(int(collector.env.action_space.n), args).to(name)
-    return collector, agent, fast if args.precision == "auto" else args.precision == "bf16"
+    return collector, agent, supported if args.precision == "auto" else args.precision == "bf16"
+
+
+def compile_networks(agent: Agent) -> None:
+    """Networks, not losses: a rollout calls the denoiser 45 times, minutes to compile."""
+    denoiser = (agent.denoiser, "forward"), (agent.denoiser, "condition")
+    for network, name in ((agent.encoder, "forward"), (agent.reward, "features"), *denoiser):
+        setattr(network, name, torch.compile(getattr(network, name), dynamic=False))
 
 
 def print_plan(args: Args, agent: Agent, bf16: bool) -> None:
@@ -1212,10 +1221,8 @@ def print_plan(args: Args, agent: Agent, bf16: bool) -> None:
     print(f"game        {args.env_id}, seed {args.seed}, preset {args.preset}")
     print(f"device      {device}, {'bf16' if bf16 else 'fp32'}, compile {args.compile}")
     print("parameters ", *(f"{n} {sizes[n]:,}," for n in sizes), f"all {sum(sizes.values()):,}")
-    print(f"epochs      {len(epochs):,} at most; {args.total_steps:,} environment steps in all")
-    print(f"updates     {', '.join(f'{part} {updates[part]:,}' for part in PARTS)}")
-    print(f"games       {games:,} in evaluations")
-    print(f"replay      {args.total_steps * IMAGE_SIZE**2 * 3:,} bytes of memory", flush=True)
+    print(f"epochs      {len(epochs):,}, {args.total_steps:,} steps of {IMAGE_SIZE**2 * 3:,} bytes")
+    print("updates    ", *(f"{part} {updates[part]:,}," for part in PARTS), f"{games:,} games")
 
 
 def train(args: Args) -> dict:
@@ -1228,10 +1235,11 @@ def train(args: Args) -> dict:
     optimizers = {part: make_optimizer(agent, part, args) for part in PARTS}
     replay = ReplayBuffer(int(1.1 * args.total_steps) + 1_000, device)
     if args.compile:
-        # The networks, not the losses: a rollout calls the denoiser 45 times, minutes to compile.
-        agent.encoder.forward = torch.compile(agent.encoder.forward, dynamic=False)
-        agent.denoiser.forward = torch.compile(agent.denoiser.forward, dynamic=False)
-        agent.reward.features = torch.compile(agent.reward.features, dynamic=False)
+        compile_networks(agent)
+    steps_of = {}
+    for part, optimizer in optimizers.items():
+        step = functools.partial(update, agent, part, optimizer, replay, args=args, bf16=bf16)
+        steps_of[part] = Recorded(step, replay, args.cuda_graphs)
     with open_run_dir(args) as (run_dir, saved):
         print(f"run folder  {run_dir}")
         print_plan(args, agent, bf16)
@@ -1263,7 +1271,7 @@ def train(args: Args) -> dict:
 
             for part in progress(parts, desc=f"{title} update"):
                 number = state["updates"][part]
-                found = update(agent, part, optimizers[part], replay, number, args, bf16)
+                found = steps_of[part](min(1.0, (number + 1) / max(args.warmup_updates, 1)))
                 sums |= {(part, k): sums.get((part, k), 0) + v for k, v in found.items()}
                 state["updates"][part] += 1
             metrics = {f"{p}/{k}": s.item() / parts.count(p) for (p, k), s in sums.items()}  # SYNC
@@ -1297,8 +1305,8 @@ def train(args: Args) -> dict:
 
         final = evaluate(agent, args, args.final_episodes, len(schedule), "final evaluation")
         metrics = {f"wm/{key}": value for key, value in final["measures"].items()}
-        metrics["final/mean_return"] = final["mean_return"]
-        log.write({"epoch": len(schedule), "charts/env_steps": collector.steps, **metrics})
+        metrics |= {"final/mean_return": final["mean_return"], "epoch": len(schedule)}
+        log.write({"charts/env_steps": collector.steps, **metrics})
         state["wall_seconds"] = time.monotonic() - begun
         return write_result(run_dir, args, collector.steps, state, final, bf16)
 
@@ -1309,25 +1317,25 @@ def write_result(run_dir: Path, args: Args, steps: int, state: dict, final: dict
     status, cuda = Path("/proc/self/status"), torch.cuda.max_memory_allocated()
     peak = re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else "")  # Linux
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
-    commit, packages = None, ("torch", "gymnasium", "ale-py", "numpy")
+    commit = None
     with contextlib.suppress(OSError):  # no git here
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    untrained, ratio = (x["open_loop_ratio"] for x in (random["measures"], measures))
     result = {
         **dict(env_id=args.env_id, script=Path(__file__).stem, seed=args.seed, preset=args.preset),
         **dict(env_steps=steps, updates=state["updates"], environment="stochastic", **final),
-        "open_loop_ratio": measures["open_loop_ratio"],
-        "open_loop_ratio_untrained": random["measures"]["open_loop_ratio"],
+        **dict(open_loop_ratio=ratio, open_loop_ratio_untrained=untrained),
         **dict(returns_random=random["returns"], reward_recall=measures["reward_recall"]),
         **dict(wall_seconds=state["wall_seconds"], precision="bf16" if bf16 else "fp32"),
         "peak_memory_bytes": cuda or (peak and 1024 * int(peak[1])),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {m.__name__: str(m.__version__) for m in (torch, gym, ale_py, np)},
         **dict(git_commit=commit, args=vars(args)),
     }
     write_atomically(run_dir / "result.json", result)
     print("prediction error / error of predicting no change, 1, 2, 3, ... imagined steps ahead:")
-    for title, key in (("untrained", "open_loop_ratio_untrained"), ("now", "open_loop_ratio")):
-        print(f"  {title:<9} " + " ".join(f"{ratio:.2f}" for ratio in result[key] or ()))
+    print("  untrained", *(f"{x:.2f}" for x in untrained or ()))
+    print("  now      ", *(f"{x:.2f}" for x in ratio or ()))
     share, seen = measures["reward_recall"] or 0, measures["rewarded_steps"]
     print(f"rewarded steps recognised: {share:.0%} of {seen}; run folder {run_dir}")
     print(compare(random["returns"], final["returns"]))
@@ -1352,10 +1360,10 @@ def eval_only(args: Args) -> dict:
         agent.load_state_dict(saved["agent"])
     except RuntimeError:
         raise BadInput("--eval-only: leave game and sizes of the networks as they are") from None
-    found = evaluate(agent, args, args.final_episodes, -1, "evaluation")
-    result = dict(env_id=args.env_id, seed=args.seed, epoch=saved["epoch"], **found)
+    result = dict(env_id=args.env_id, seed=args.seed, epoch=saved["epoch"])
+    result |= evaluate(agent, args, args.final_episodes, -1)
     write_atomically(Path(args.eval_only) / time.strftime("eval_%Y%m%d-%H%M%S.json"), result)
-    print(f"{args.env_id}: return {found['mean_return']:.1f} +- {found['std_return']:.1f}")
+    print(f"{args.env_id}: return {result['mean_return']:.1f} +- {result['std_return']:.1f}")
     return result
 
 

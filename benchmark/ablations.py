@@ -139,8 +139,9 @@ def unnormalised_rewards():
 
     def features(self, z, actions):
         x = self.conv_in(torch.cat([z[:, :-1], z[:, 1:]], dim=2).flatten(0, 1))
-        for block in self.blocks:
-            x = block(x, self.action_embedding(actions.flatten()))
+        cond = self.scales(self.action_embedding(actions.flatten())).chunk(len(self.blocks), dim=1)
+        for block, scales in zip(self.blocks, cond, strict=True):
+            x = block(x, scales)
         return x.reshape(*actions.shape, -1)
 
     return common.replaced(jedi.RewardTerminationModel, features=features)
@@ -186,7 +187,9 @@ def regression():
     def predict(agent, context, actions, args):
         start = torch.zeros_like(context[:, -1])
         levels = torch.full((len(start),), args.sample_sigma_max, device=start.device)
-        return jedi.denoise(agent, start, levels, context, actions, args)
+        _, c_out, _, c_noise = jedi.precondition(levels, args.sigma_data, args.sigma_offset)
+        cond = agent.denoiser.condition(c_noise, actions)
+        return agent.norm.clamp(c_out * agent.denoiser(start, context, cond))
 
     def loss(agent, batch, args):
         n = args.context_frames

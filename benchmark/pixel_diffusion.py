@@ -2,18 +2,18 @@
 
 The same algorithm on frames in place of latents: a U-Net denoises the next 64 x 64 x 3 frame, the reward/termination
 model and the actor-critic each have an encoder of their own (arXiv 2405.12399, appendix D). Its blocks, its diffusion
-mathematics and its optimisers are those of `jedi_atari.py`, and so is every optimisation: frames are uploaded once,
-nothing waits for the device within an update, imagined trajectories have static shapes and are masked, the
-reward/termination model runs once over a whole trajectory. What differs is what must: frames in place of latents.
-13,546,326 parameters at 18 actions.
+mathematics, its sampler and its optimisers are those of `jedi_atari.py`, and so is every optimisation: frames are
+uploaded once, nothing waits for the device within an update, one layer conditions all blocks, once for all steps of a
+sample, imagined trajectories have static shapes and are masked, the reward/termination model runs once over a whole
+trajectory. What differs is what must: frames in place of latents. 13,546,326 parameters at 18 actions.
 
 Shapes: B batch, T time, frames (B, T, 3, 64, 64) in [-1, 1] where the networks see them.
 """
 
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -76,50 +76,61 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
+def levels_of(inputs: int, outputs: int, count: int) -> nn.ModuleList:
+    """Residual blocks, `count` for each level."""
+    block = jedi.ResBlock
+    levels = ([block(inputs, outputs) for _ in range(count)] for _ in range(LEVELS))
+    return nn.ModuleList(map(nn.ModuleList, levels))
+
+
+def middle_of(width: int) -> nn.ModuleList:
+    """Two residual blocks with self-attention."""
+    return nn.ModuleList(jedi.ResBlock(width, width, attention=True) for _ in range(2))
+
+
+def sizes_of(*parts) -> list[int]:
+    """How many scales and shifts each block takes, in the order of their use."""
+    return [sum(block.sizes) for levels in parts for blocks in levels for block in blocks]
+
+
 class UNet(nn.Module):
     """Four levels of two residual blocks down and three up, two with self-attention in the middle."""
 
-    def __init__(self, width: int, cond_dim: int):
+    def __init__(self, width: int):
         super().__init__()
-        self.down = nn.ModuleList(
-            nn.ModuleList(jedi.ResBlock(width, width, cond_dim) for _ in range(BLOCKS))
-            for _ in range(LEVELS)
-        )
+        self.down = levels_of(width, width, BLOCKS)
         self.shrink = nn.ModuleList(Downsample(width) for _ in range(LEVELS - 1))
-        self.middle = nn.ModuleList(
-            jedi.ResBlock(width, width, cond_dim, attention=True) for _ in range(2)
-        )
+        self.middle = middle_of(width)
         self.grow = nn.ModuleList(Upsample(width) for _ in range(LEVELS - 1))
-        self.up = nn.ModuleList(
-            nn.ModuleList(jedi.ResBlock(2 * width, width, cond_dim) for _ in range(BLOCKS + 1))
-            for _ in range(LEVELS)
-        )
+        self.up = levels_of(2 * width, width, BLOCKS + 1)
+        self.sizes = sizes_of(self.down, [self.middle], self.up)
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """x (B, width, 64, 64), cond (B, cond_dim) -> the shape of x."""
-        skips = []
+        """x (B, width, 64, 64), cond (B, sum(sizes)) -> the shape of x."""
+        skips, scales = [], iter(cond.split(self.sizes, dim=1))
         for level, blocks in enumerate(self.down):
             if level:
                 x = self.shrink[level - 1](x)
             skips.append(x)
             for block in blocks:
-                x = block(x, cond)
+                x = block(x, next(scales))
                 skips.append(x)
         for block in self.middle:
-            x = block(x, cond)
+            x = block(x, next(scales))
         for level, blocks in enumerate(self.up):
             if level:
                 x = self.grow[level - 1](x)
             for block in blocks:
-                x = block(torch.cat([x, skips.pop()], dim=1), cond)
+                x = block(torch.cat([x, skips.pop()], dim=1), next(scales))
         return x
 
 
 class PixelDenoiser(nn.Module):
     """Past frames, past actions and a noisy next frame -> the U-Net's output. The counterpart of `jedi.Denoiser`."""
 
-    def __init__(self, num_actions: int, context_frames: int):
+    def __init__(self, num_actions: int, args: jedi.Args):
         super().__init__()
+        self.sigma_data, context_frames = args.sigma_data, args.context_frames
         width, cond_dim = DENOISER_WIDTH, DENOISER_COND
         self.register_buffer("fourier", torch.randn(cond_dim // 2))
         self.action_embedding = nn.Embedding(num_actions, cond_dim // context_frames)
@@ -127,20 +138,20 @@ class PixelDenoiser(nn.Module):
             nn.Linear(cond_dim, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim)
         )
         self.conv_in = jedi.conv3x3((context_frames + 1) * CHANNELS, width)
-        self.unet = UNet(width, cond_dim)
+        self.unet = UNet(width)
+        self.scales = nn.Linear(cond_dim, sum(self.unet.sizes))
         self.norm_out = jedi.group_norm(width)
         self.conv_out = jedi.zero_(jedi.conv3x3(width, CHANNELS))
 
-    def forward(self, x: Tensor, c_noise: Tensor, context: Tensor, actions: Tensor) -> Tensor:
-        """x (B, 3, 64, 64) scaled by c_in, c_noise (B,), context (B, N, 3, 64, 64), actions (B, N) -> like x."""
-        angle = 2 * math.pi * c_noise[:, None] * self.fourier
-        cond = self.cond(
-            torch.cat([angle.cos(), angle.sin()], dim=1) + self.action_embedding(actions).flatten(1)
-        )
-        return in_chunks(self.layers, torch.cat([context.flatten(1, 2), x], dim=1), cond)
+    condition = jedi.Denoiser.condition
+
+    def forward(self, x: Tensor, context: Tensor, cond: Tensor) -> Tensor:
+        """x (B, 3, 64, 64) scaled by c_in, context (B, N, 3, 64, 64), cond as `condition` gives it -> like x."""
+        past = (context / self.sigma_data).flatten(1, 2)
+        return in_chunks(self.layers, torch.cat([past, x], dim=1), cond)
 
     def layers(self, x: Tensor, cond: Tensor) -> Tensor:
-        """The pictures stacked (N, 15, 64, 64) and the conditioning vectors -> (N, 3, 64, 64)."""
+        """The pictures stacked (N, 15, 64, 64), scales and shifts -> (N, 3, 64, 64)."""
         x = self.unet(self.conv_in(x.contiguous(memory_format=torch.channels_last)), cond)
         return self.conv_out(F.silu(self.norm_out(x))).float()
 
@@ -154,15 +165,12 @@ class PixelReward(nn.Module):
         width = REWARD_WIDTH
         self.action_embedding = nn.Embedding(num_actions, REWARD_COND)
         self.conv_in = jedi.conv3x3(2 * CHANNELS, width)
-        self.levels = nn.ModuleList(
-            nn.ModuleList(jedi.ResBlock(width, width, REWARD_COND) for _ in range(BLOCKS))
-            for _ in range(LEVELS)
-        )
+        self.levels = levels_of(width, width, BLOCKS)
         self.shrink = nn.ModuleList(Downsample(width) for _ in range(LEVELS - 1))
-        self.middle = nn.ModuleList(
-            jedi.ResBlock(width, width, REWARD_COND, attention=True) for _ in range(2)
-        )
-        self.lstm = nn.LSTM(width * (SIZE >> (LEVELS - 1)) ** 2, LSTM_SIZE, batch_first=True)
+        self.middle = middle_of(width)
+        self.sizes = sizes_of(self.levels, [self.middle])
+        self.scales = nn.Linear(REWARD_COND, sum(self.sizes))
+        self.lstm = jedi.LSTM(width * (SIZE >> (LEVELS - 1)) ** 2, LSTM_SIZE, batch_first=True)
         self.head = nn.Sequential(
             nn.Linear(LSTM_SIZE, LSTM_SIZE), nn.SiLU(), nn.Linear(LSTM_SIZE, 5, bias=False)
         )
@@ -170,19 +178,20 @@ class PixelReward(nn.Module):
     def features(self, frames: Tensor, actions: Tensor) -> Tensor:
         """frames (B, T + 1, 3, 64, 64), actions (B, T) -> (B, T, features): all that needs no recurrence."""
         pairs = torch.cat([frames[:, :-1], frames[:, 1:]], dim=2).flatten(0, 1)
-        x = in_chunks(self.layers, pairs, self.action_embedding(actions.flatten()))
+        x = in_chunks(self.layers, pairs, self.scales(self.action_embedding(actions.flatten())))
         return x.reshape(*actions.shape, -1)
 
     def layers(self, pairs: Tensor, cond: Tensor) -> Tensor:
-        """Pairs (N, 6, 64, 64) and conditioning vectors -> (N, 32, 8, 8)."""
+        """Pairs (N, 6, 64, 64), scales and shifts -> (N, 32, 8, 8)."""
         x = self.conv_in(pairs.contiguous(memory_format=torch.channels_last))
+        scales = iter(cond.split(self.sizes, dim=1))
         for level, blocks in enumerate(self.levels):
             if level:
                 x = self.shrink[level - 1](x)
             for block in blocks:
-                x = block(x, cond)
+                x = block(x, next(scales))
         for block in self.middle:
-            x = block(x, cond)
+            x = block(x, next(scales))
         return x
 
     def forward(self, frames: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +213,7 @@ class PixelActorCritic(nn.Module):
         self.stages = nn.ModuleList(
             jedi.EncoderStage(i, o) for i, o in zip(widths, widths[1:], strict=False)
         )
-        self.lstm = nn.LSTM(
+        self.lstm = jedi.LSTM(
             widths[-1] * (SIZE >> len(self.stages)) ** 2, LSTM_SIZE, batch_first=True
         )
         self.policy = jedi.zero_(nn.Linear(LSTM_SIZE, num_actions))
@@ -228,13 +237,15 @@ class PixelActorCritic(nn.Module):
 
 
 class PixelAgent(nn.Module):
-    """The three networks."""
+    """The three networks; `jedi.sample_next_latent` samples a frame with it, by Euler steps, and quantises it."""
 
     def __init__(self, num_actions: int, args: jedi.Args):
         super().__init__()
-        self.denoiser = PixelDenoiser(num_actions, args.context_frames)
+        self.denoiser = PixelDenoiser(num_actions, args)
         self.reward = PixelReward(num_actions)
         self.policy = PixelActorCritic(num_actions)
+        self.norm = SimpleNamespace(clamp=quantise)  # D_theta's last step
+        self.to(memory_format=torch.channels_last)
 
 
 def parameter_counts(agent: PixelAgent) -> dict[str, int]:
@@ -243,31 +254,6 @@ def parameter_counts(agent: PixelAgent) -> dict[str, int]:
         name: sum(p.numel() for p in net.parameters()) for name, net in agent.named_children()
     }
     return {**counts, "total": sum(counts.values())}
-
-
-def denoise(
-    agent: PixelAgent, x: Tensor, sigma: Tensor, context: Tensor, actions: Tensor, args: jedi.Args
-) -> Tensor:
-    """D_theta, quantised: x (B, 3, 64, 64) at noise levels sigma (B,) -> the clean frame expected there."""
-    c_in, c_out, c_skip, c_noise = jedi.precondition(sigma, args.sigma_data, args.sigma_offset)
-    output = agent.denoiser(c_in * x, c_noise, context / args.sigma_data, actions)
-    return quantise(c_skip * x + c_out * output)
-
-
-@torch.no_grad()
-def sample_next_frame(
-    agent: PixelAgent, context: Tensor, actions: Tensor, args: jedi.Args
-) -> Tensor:
-    """One imagined frame: context (B, N, 3, 64, 64) and actions (B, N) -> (B, 3, 64, 64), by Euler steps."""
-    sigmas = jedi.karras_sigmas(args.sample_steps, jedi.SIGMA_MIN, args.sample_sigma_max, jedi.RHO)
-    x = torch.randn_like(context[:, -1])
-    for sigma, sigma_next in zip(sigmas, sigmas[1:], strict=False):
-        levels = torch.full((len(x),), sigma, device=x.device)
-        x = (
-            x
-            + (sigma_next - sigma) * (x - denoise(agent, x, levels, context, actions, args)) / sigma
-        )
-    return x
 
 
 def diffusion_loss(
@@ -279,11 +265,10 @@ def diffusion_loss(
     context, losses = list(frames[:, :n].unbind(1)), []
     for i in range(args.target_frames):
         target = frames[:, n + i]
-        sigma = jedi.sample_sigma(len(target), args, target.device)
-        noisy = jedi.add_noise(target, sigma, args.sigma_offset)
+        noisy, sigma = jedi.add_noise(target, args)
         c_in, c_out, c_skip, c_noise = jedi.precondition(sigma, args.sigma_data, args.sigma_offset)
-        past = torch.stack(context[-n:], dim=1) / args.sigma_data
-        output = agent.denoiser(c_in * noisy, c_noise, past, batch.actions[:, i : i + n])
+        cond = agent.denoiser.condition(c_noise, batch.actions[:, i : i + n])
+        output = agent.denoiser(c_in * noisy, torch.stack(context[-n:], dim=1), cond)
         losses.append((output - (target - c_skip * noisy) / c_out).square().mean((1, 2, 3)))
         own = quantise(c_skip * noisy + c_out * output).detach()
         context.append(own * batch.mask[:, n + i, None, None, None])
@@ -320,11 +305,8 @@ def imagine(agent: PixelAgent, start: jedi.Windows, args: jedi.Args) -> jedi.Ima
     for _ in range(args.horizon):
         logits, _, state = agent.policy.heads(agent.policy.features(frames[-1][:, None]), state)
         actions.append(jedi.sample_categorical(logits[:, 0]))
-        frames.append(
-            sample_next_frame(
-                agent, torch.stack(frames[-n:], 1), torch.stack(actions[-n:], 1), args
-            )
-        )
+        newest, taken = torch.stack(frames[-n:], dim=1), torch.stack(actions[-n:], dim=1)
+        frames.append(jedi.sample_next_latent(agent, newest, taken, args))
     x, taken = torch.stack(frames, dim=1), torch.stack(actions, dim=1)
     features = agent.reward.features(x, taken)
     hidden, _ = agent.reward.lstm(

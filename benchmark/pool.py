@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 SEPARATOR = "\t"
+GAMES = json.loads((Path(__file__).parent / "published.json").read_text())["games"]
 
 
 def read_result(folder: Path, game: str, seed: int) -> tuple[str, ...]:
@@ -39,8 +40,8 @@ def read_result(folder: Path, game: str, seed: int) -> tuple[str, ...]:
         return "broken", "lacks returns, mean_return or wall_seconds"
     if (result.get("env_id"), result.get("seed")) != (game, seed):
         return "broken", f"is of another run, {result.get('env_id')} seed {result.get('seed')}"
-    score = result.get("human_normalized_score")
-    shown = f"{score:.3f}" if isinstance(score, (int, float)) else "-"
+    low, high = (GAMES.get(game, {}).get(player) for player in ("random", "human"))
+    shown = f"{(result['mean_return'] - low) / (high - low):.3f}" if game in GAMES else "-"
     return "ok", f"{result['mean_return']:.1f}", shown, str(round(result["wall_seconds"]))
 
 

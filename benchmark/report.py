@@ -53,7 +53,7 @@ README_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 
 # Arguments of a run that change how or where it is computed, or which game is played, but not the method.
 NOT_SETTINGS = set(
-    "env_id seed threads device precision compile run_dir resume eval_only dry_run track".split()
+    "env_id seed threads device precision compile cuda_graphs run_dir resume eval_only dry_run track".split()
     + "checkpoint_every keep_replay".split()  # of older runs
 )
 TABLES = (

@@ -8,20 +8,24 @@
     python benchmark/speed.py --leave-one-out          # what each optimisation brings
 
 JEDI and a pixel diffusion agent of DIAMOND's sizes (`pixel_diffusion.py`) are measured in one process, in turns, on
-real windows of the same game, with the same precision, threads and optimisations. Times are medians over --repeats
-after a warm-up, with the smallest and the largest beside them. Peak memory is measured in a process of its own for each
-side: of the device on a GPU, of the whole process on a CPU. FLOP are counted by PyTorch (products in convolutions,
-matrices and attention); the machine's own rate is that of a large matrix product in the same run and precision.
+real windows of the same game, with the same precision, threads and optimisations: on a GPU all is replayed from CUDA
+graphs, as training does (`jedi.Recorded`). Times are medians over --repeats after a warm-up, in which networks are
+compiled and graphs recorded, with the smallest and the largest beside them. Peak memory is measured in a process of its
+own for each side: of the device on a GPU, of the whole process on a CPU. FLOP are counted by PyTorch (products in
+convolutions, matrices and attention); the machine's own rate is that of a large matrix product in the same run and
+precision.
 
 Sampling is always measured at --batch-size; --quick makes updates and trajectories of 2 windows and 5 imagined steps.
 
 JSON: `ratios` holds `sample`, `imagine`, `updates` (the baseline's time over JEDI's) and `memory` (JEDI's over the
-baseline's); `matrix_rate_share` is the sampler's FLOP/s over the machine's, `projected_hours` a full run of JEDI.
+baseline's); `matrix_rate_share` is the sampler's FLOP/s over the machine's, `projected_hours` a full run of JEDI, made
+up of `hours_updates`, `hours_play` (measured with JEDI's policy, for both sides) and `hours_evaluation`.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import statistics
@@ -34,6 +38,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.optim import adam
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -48,8 +54,10 @@ RECORDS = 400  # steps of play that the batches are cut from
 SECONDS_PER_TIMING = 0.2  # what is faster than this is repeated within one timing
 QUICK_BATCH, QUICK_HORIZON = 2, 5  # windows per update and imagined steps in the short form
 SIDES = ("jedi", "pixel")
+SWITCHES = ("compile", "cuda_graphs")
 UPDATES = jedi.PARTS
 GROWTH = (5_000, 50_000, 500_000)  # records in the replay
+GAME_STEPS = 1_000  # of a game; at random 500 (MsPacman) to 1,300 (Krull), see results/random
 
 
 class Side(NamedTuple):
@@ -79,43 +87,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of both sides"
-    )
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available()
-    )
-    parser.add_argument("--env-id", default="Pong", help="the game whose frames are used")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="states sampled at once, windows per update (32)"
-    )
-    parser.add_argument(
-        "--repeats", type=int, help="timings of each thing (default: 3 on a CPU, 10 on a GPU)"
-    )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-    parser.add_argument(
-        "--quick", action="store_true", help="updates of 2 windows, 5 imagined steps"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
-    parser.add_argument(
-        "--profile", type=Path, metavar="FOLDER", help="write traces and a table instead"
-    )
-    parser.add_argument(
-        "--growth", action="store_true", help="measure full and empty replays instead"
-    )
-    parser.add_argument(
-        "--leave-one-out", action="store_true", help="measure without each optimisation instead"
-    )
-    parser.add_argument(
-        "--memory-of", choices=SIDES, help=argparse.SUPPRESS
-    )  # what the child process does
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of both sides")
+    add("--compile", action=switch, default=torch.cuda.is_available())
+    add("--cuda-graphs", action=switch, default=True, help="on a GPU")
+    add("--env-id", default="Pong", help="the game whose frames are used")
+    add("--batch-size", type=int, default=32, help="states sampled, windows per update (32)")
+    add("--repeats", type=int, help="timings of each thing (default: 3 on a CPU, 10 on a GPU)")
+    add("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    add("--quick", action="store_true", help="updates of 2 windows, 5 imagined steps")
+    add("--json", type=Path, metavar="FILE", help="write everything measured")
+    add("--profile", type=Path, metavar="FOLDER", help="write traces and a table instead")
+    add("--growth", action="store_true", help="measure full and empty replays instead")
+    add("--leave-one-out", action="store_true", help="without each optimisation instead")
+    add("--memory-of", choices=SIDES, help=argparse.SUPPRESS)  # what the child process does
     return parser.parse_args(argv)
 
 
 def settings(options: argparse.Namespace) -> tuple[jedi.Args, torch.device, bool]:
     """The paper's numbers at the chosen batch size, the device, and whether to compute in bf16. Raises `BadInput`."""
-    names = ("env_id", "batch_size", "compile", "threads", "device", "precision")
+    names = "env_id batch_size compile cuda_graphs threads device precision".split()
     args = jedi.Args(**{name: getattr(options, name) for name in names})
     if options.repeats is not None and options.repeats < 1:
         raise jedi.BadInput(f"--repeats is {options.repeats}; it must be at least 1")
@@ -155,13 +147,6 @@ def compile_method(network: torch.nn.Module, name: str) -> None:
     setattr(network, name, torch.compile(getattr(network, name), dynamic=False))
 
 
-def compile_jedi(agent: jedi.Agent) -> None:
-    """What training compiles."""
-    compile_method(agent.encoder, "forward")
-    compile_method(agent.denoiser, "forward")
-    compile_method(agent.reward, "features")
-
-
 def make_optimizers(agent: torch.nn.Module, args: jedi.Args) -> dict:
     """Those of the three updates; the pixel agent's networks have the names of JEDI's."""
     return {part: jedi.make_optimizer(agent, part, args) for part in UPDATES}
@@ -172,7 +157,7 @@ def make_jedi(args: jedi.Args, replay: jedi.ReplayBuffer, sample_batch: int) -> 
     context, actions = context_of(args, replay, sample_batch)
     z = agent.encode(context).detach()
     if args.compile:
-        compile_jedi(agent)
+        jedi.compile_networks(agent)
     return Side(
         "jedi",
         agent,
@@ -189,6 +174,7 @@ def make_pixel(args: jedi.Args, replay: jedi.ReplayBuffer, sample_batch: int) ->
     frames, actions = context_of(args, replay, sample_batch)
     x = pixel.to_pixels(frames)
     if args.compile:
+        compile_method(agent.denoiser, "condition")
         for network in agent.children():
             compile_method(network, "layers")
     losses = ("diffusion_loss", "reward_termination_loss", "actor_critic_loss")
@@ -197,7 +183,7 @@ def make_pixel(args: jedi.Args, replay: jedi.ReplayBuffer, sample_batch: int) ->
         agent,
         make_optimizers(agent, args),
         {name: getattr(pixel, name) for name in losses},
-        lambda: pixel.sample_next_frame(agent, x, actions, args),
+        lambda: jedi.sample_next_latent(agent, x, actions, args),
         lambda windows: pixel.imagine(agent, windows, args),
         pixel.parameter_counts(agent),
     )
@@ -237,18 +223,20 @@ def seconds_of(call: Callable, device: torch.device, count: int) -> float:
     return (time.perf_counter() - begun) / count
 
 
+def warm_up(call: Callable, device: torch.device) -> float:
+    """Compile, allocate, record: seconds of a call meanwhile."""
+    return seconds_of(call, device, jedi.Recorded.WARM_UP + 2 if device.type == "cuda" else 1)
+
+
 def time_in_turns(
     calls: dict[str, Callable], device: torch.device, count: int
 ) -> dict[str, Timing]:
     """Warm every call up, then time all of them `count` times, in turns, so that a slow minute hits all alike."""
     inner, seconds = {}, {name: [] for name in calls}
     for name, call in calls.items():
-        first = seconds_of(call, device, 1)  # compiles, allocates
-        again = (
-            seconds_of(call, device, 1)
-            if first < 5 * SECONDS_PER_TIMING or device.type == "cuda"
-            else first
-        )
+        again = first = warm_up(call, device)
+        if first < 5 * SECONDS_PER_TIMING or device.type == "cuda":
+            again = seconds_of(call, device, 1)
         inner[name] = max(1, round(SECONDS_PER_TIMING / again))
     for _ in range(count):
         for name, call in calls.items():
@@ -260,23 +248,19 @@ def one_update(
     side: Side, name: str, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: bool
 ) -> Callable:
     """A call that draws a batch and makes one update of a part, as training does."""
-    number, optimizer = args.warmup_updates + 1, side.optimizers[name]
-
-    def call():
-        with common.replaced(jedi, **side.losses):
-            return jedi.update(side.agent, name, optimizer, replay, number, args, bf16)
-
-    return call
+    optimizer, losses = side.optimizers[name], functools.partial(common.replaced, jedi)
+    update = functools.partial(jedi.update, side.agent, name, optimizer, replay)
+    program = within(lambda: losses(**side.losses), lambda rate: update(rate, args, bf16))
+    return functools.partial(jedi.Recorded(program, replay, args.cuda_graphs), 1.0)
 
 
-def as_in_training(call: Callable, device: torch.device, bf16: bool) -> Callable:
-    """The call in the precision of an update."""
-
-    def wrapped():
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return call()
-
-    return wrapped
+def as_in_training(
+    call: Callable, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: bool
+) -> Callable:
+    """The call as a part of an update: in its precision, and recorded."""
+    autocast = functools.partial(torch.autocast, replay.device.type, torch.bfloat16, bf16)
+    program = within(autocast, lambda rate: call())
+    return functools.partial(jedi.Recorded(program, replay, args.cuda_graphs), 1.0)
 
 
 def side_calls(
@@ -285,8 +269,8 @@ def side_calls(
     """What is timed of a side."""
     start = replay.sample_frames(args.batch_size, args.context_frames, False)
     calls = {
-        "sample": as_in_training(side.sample, replay.device, bf16),
-        "imagine": as_in_training(lambda: side.imagine(start), replay.device, bf16),
+        "sample": as_in_training(side.sample, replay, args, bf16),
+        "imagine": as_in_training(lambda: side.imagine(start), replay, args, bf16),
     }
     return calls | {name: one_update(side, name, replay, args, bf16) for name in UPDATES}
 
@@ -308,24 +292,44 @@ def flop_of(call: Callable) -> float:
     return float(counter.get_total_flops())
 
 
-def environment_rate(args: jedi.Args, device: torch.device) -> dict[str, float]:
-    """Steps per second of the game alone, and of collecting with JEDI's policy."""
-    collector = jedi.Collector(args)
-    agent, replay = (
-        jedi.Agent(int(collector.env.action_space.n), args).to(device),
-        jedi.ReplayBuffer(2_000, device),
-    )
-    collect = seconds_of(lambda: collector.step(agent, replay), device, 200)
-    env = jedi.make_env(args)
-    env.reset(seed=0)
+def step_of(env, action: int) -> np.ndarray:
+    """A step of a game, or the first of the next one: the frame after it."""
+    frame, _, terminated, truncated, _ = env.step(action)
+    return env.reset()[0] if terminated or truncated else frame
+
+
+def evaluation_seconds(agent: jedi.Agent, args: jedi.Args, games: int) -> float:
+    """Seconds of an evaluation's step with so many games at once, as `jedi.evaluate` makes it."""
+    envs, state, device = [jedi.make_env(args) for _ in range(games)], None, agent.norm.mean.device
+    frames = [env.reset(seed=i)[0] for i, env in enumerate(envs)]
 
     def step() -> None:
-        _, _, terminated, truncated, _ = env.step(0)
-        if terminated or truncated:
-            env.reset()
+        nonlocal state
+        actions, state = jedi.act(agent, frames, state, args.temperature)
+        frames[:] = map(step_of, envs, actions)
 
-    game = seconds_of(step, device, 500)
-    return {"collect_steps_per_second": 1 / collect, "game_steps_per_second": 1 / game}
+    seconds_of(step, device, 10)
+    return seconds_of(step, device, 100)
+
+
+def environment_rate(args: jedi.Args, device: torch.device) -> dict:
+    """Steps per second of the game alone and of collecting, seconds of an evaluation's step; with JEDI's policy."""
+    collector, env = jedi.Collector(args), jedi.make_env(args)
+    agent = jedi.Agent(int(env.action_space.n), args).to(device)
+    replay = jedi.ReplayBuffer(2_000, device)
+    seconds_of(lambda: collector.step(agent, replay), device, 10)
+    collect = seconds_of(lambda: collector.step(agent, replay), device, 200)
+    env.reset(seed=0)
+    game = seconds_of(lambda: step_of(env, 0), device, 500)
+    games = {at_once(args.eval_episodes), at_once(args.final_episodes)}
+    steps = {str(n): evaluation_seconds(agent, args, n) for n in sorted(games)}
+    rates = {"collect_steps_per_second": 1 / collect, "game_steps_per_second": 1 / game}
+    return rates | {"evaluation_step_seconds": steps}
+
+
+def at_once(episodes: int) -> int:
+    """Games that an evaluation plays at the same time."""
+    return min(jedi.EVAL_ENVS, episodes)
 
 
 def memory_of(
@@ -334,41 +338,42 @@ def memory_of(
     """Peak bytes of one side that samples and makes each update, in this process."""
     replay = make_replay(args, device)
     side = MAKE[name](args, replay, sample_batch)
-    for call in side_calls(side, replay, args, bf16).values():
-        call()
-    one_update(
-        side, "diffusion", replay, args, bf16
-    )()  # again: all optimisers have their state by now
+    side_calls(side, replay, args, bf16)["sample"]()
+    calls = [one_update(side, part, replay, args, bf16) for part in UPDATES]
+    for call in calls + calls[:1]:  # again: all optimisers have their state by now
+        warm_up(call, device)
     return common.peak_memory(device)
 
 
 def memory_in_child(name: str, options: argparse.Namespace) -> int:
     """`memory_of` in a process of its own."""
-    command = [sys.executable, __file__, "--memory-of", name, "--device", options.device]
-    command += [
-        "--precision",
-        options.precision,
-        "--compile" if options.compile else "--no-compile",
-    ]
-    command += ["--env-id", options.env_id, "--threads", str(options.threads)]
+    command = [sys.executable, __file__, "--memory-of", name]
+    for option in "device precision env_id threads batch_size".split():
+        command += [f"--{option.replace('_', '-')}", str(getattr(options, option))]
+    for option in SWITCHES:
+        command += [f"--{'' if getattr(options, option) else 'no-'}{option.replace('_', '-')}"]
     command += ["--quick"] if options.quick else []
-    command += ["--batch-size", str(options.batch_size)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise ChildProcessError(
-            f"measuring the memory of {name} failed: {done.stderr.strip().splitlines()[-1]}"
-        )
+        reason = done.stderr.strip().splitlines()[-1]
+        raise ChildProcessError(f"measuring the memory of {name} failed: {reason}")
     return int(done.stdout.split()[-1])
 
 
-def projected_hours(args: jedi.Args, timing: dict[str, Timing], collect_rate: float) -> float:
-    """Hours of a full run: every update, and every step of play at the measured rate."""
+def projected_hours(args: jedi.Args, timing: dict[str, Timing], environment: dict) -> dict:
+    """Hours of a full run: every update, every step of play, every evaluation's games of GAME_STEPS steps each. Not
+    in it: measuring the world model after them, and checkpoints."""
     epochs = jedi.make_schedule(args, args.first_steps_min)
-    seconds = sum(timing[part].median for _, parts, _ in epochs for part in parts)
-    games = sum(evaluated for *_, evaluated in epochs) * args.eval_episodes + args.final_episodes
-    # A game is taken as 1,000 steps; ten games at a time cost little more than one.
-    steps = args.total_steps + 1_000 * games / min(jedi.EVAL_ENVS, args.eval_episodes)
-    return (seconds + steps / collect_rate) / 3600
+    seconds = {"updates": sum(timing[part].median for _, parts, _ in epochs for part in parts)}
+    seconds["play"] = args.total_steps / environment["collect_steps_per_second"]
+    # The first evaluation is of random play, of as many games as the last.
+    evaluations = [args.eval_episodes] * sum(due for *_, due in epochs[1:])
+    steps = environment["evaluation_step_seconds"]
+    seconds["evaluation"] = sum(
+        GAME_STEPS * episodes / at_once(episodes) * steps[str(at_once(episodes))]
+        for episodes in [*evaluations, args.final_episodes, args.final_episodes]
+    )
+    return {name: s / 3600 for name, s in seconds.items()}
 
 
 def measure(options: argparse.Namespace, args: jedi.Args, device: torch.device, bf16: bool) -> dict:
@@ -380,26 +385,20 @@ def measure(options: argparse.Namespace, args: jedi.Args, device: torch.device, 
     product, product_flop = matrix_product(device, bf16)
     calls = {"matrix product": product}
     for name, side in sides.items():
-        calls |= {
-            f"{name} {what}": call for what, call in side_calls(side, replay, args, bf16).items()
-        }
-    calls = {
-        name: calls[name] for name in sorted(calls, key=lambda n: n.split()[-1])
-    }  # the two sides by turns
+        made = side_calls(side, replay, args, bf16)
+        calls |= {f"{name} {what}": call for what, call in made.items()}
+    by_turns = sorted(calls, key=lambda name: name.split()[-1])
+    calls = {name: calls[name] for name in by_turns}
     timing = time_in_turns(calls, device, repeats(options, device))
     eager = dataclasses.replace(args, compile=False)
     flop = {name: flop_of(make(eager, replay, sample_batch).sample) for name, make in MAKE.items()}
     environment = environment_rate(args, device)
     memory = {name: memory_in_child(name, options) for name in SIDES}
-    by_side = {
-        name: {w: timing[f"{name} {w}"] for w in ("sample", "imagine", *UPDATES)} for name in SIDES
-    }
+    timed = ("sample", "imagine", *UPDATES)
+    by_side = {name: {what: timing[f"{name} {what}"] for what in timed} for name in SIDES}
     rate = product_flop / timing["matrix product"].median
     shares = {name: flop[name] / by_side[name]["sample"].median / rate for name in SIDES}
-    hours = {
-        name: projected_hours(args, by_side[name], environment["collect_steps_per_second"])
-        for name in SIDES
-    }
+    hours = {name: projected_hours(args, by_side[name], environment) for name in SIDES}
     updates = {name: sum(by_side[name][w].median for w in UPDATES) for name in SIDES}
     return {
         **describe_run(args, device, bf16, repeats(options, device)),
@@ -423,8 +422,9 @@ def measure(options: argparse.Namespace, args: jedi.Args, device: torch.device, 
             "memory": memory["jedi"] / memory["pixel"],
         },
         "matrix_rate_share": shares["jedi"],
-        "projected_hours": hours["jedi"],
-        "projected_hours_pixel": hours["pixel"],
+        "projected_hours": sum(hours["jedi"].values()),
+        "projected_hours_pixel": sum(hours["pixel"].values()),
+        **{f"hours_{name}": h for name, h in hours["jedi"].items()},
     }
 
 
@@ -437,6 +437,7 @@ def describe_run(args: jedi.Args, device: torch.device, bf16: bool, count: int) 
         "versions": common.versions(),
         "precision": "bf16" if bf16 else "fp32",
         "compile": args.compile,
+        "cuda_graphs": args.cuda_graphs and device.type == "cuda",
         "threads": torch.get_num_threads(),
         "repeats": count,
     }
@@ -472,7 +473,7 @@ def profile(options: argparse.Namespace, args: jedi.Args, device: torch.device, 
     operators = {}
     for name in UPDATES:
         with torch.profiler.profile(activities=activities) as trace:
-            one_update(side, name, replay, args, bf16)()
+            one_update(side, name, replay, args, bf16)()  # as written: a replay has no operators
             common.synchronize(device)
         trace.export_chrome_trace(str(options.profile / f"{name}.json"))
         operators[name] = operator_shares(trace, device)
@@ -517,27 +518,26 @@ def full_buffer(records: int, device: torch.device) -> jedi.ReplayBuffer:
     replay.size, replay.num_episodes = records, records // 1_000
     replay.starts[: replay.num_episodes] = torch.arange(replay.num_episodes, device=device) * 1_000
     replay.lengths[: replay.num_episodes] = 1_000
+    replay.count.fill_(replay.num_episodes)
     return replay
 
 
 def growth(options: argparse.Namespace, args: jedi.Args, device: torch.device, bf16: bool) -> dict:
     """Time of drawing batches and of an update, with 5,000, 50,000 and 500,000 records in the replay."""
     args, calls = update_args(args, options.quick), {}
-    agent = jedi.Agent(NUM_ACTIONS, args).to(device)
-    optimizer = jedi.make_optimizer(agent, "diffusion", args)
+    replays = {records: full_buffer(records, device) for records in GROWTH}
+    side = make_jedi(args, replays[GROWTH[0]], 1)
     n, size = args.context_frames, args.batch_size
     draws = {
         "diffusion": lambda replay: replay.sample_frames(size, n + args.target_frames, True),
         "reward": lambda replay: replay.sample_transitions(size, n + args.reward_window - 1),
         "policy": lambda replay: replay.sample_frames(size, n, False),
     }
-    for records in GROWTH:
-        replay = full_buffer(records, device)
+    for records, replay in replays.items():
         for name, draw in draws.items():
-            calls[f"{name} batch, {records:,} records"] = lambda d=draw, r=replay: d(r)
-        calls[f"diffusion update, {records:,} records"] = lambda r=replay: jedi.update(
-            agent, "diffusion", optimizer, r, 0, args, bf16
-        )
+            calls[f"{name} batch, {records:,} records"] = functools.partial(draw, replay)
+        update = one_update(side, "diffusion", replay, args, bf16)
+        calls[f"diffusion update, {records:,} records"] = update
     calls = {name: calls[name] for name in sorted(calls)}  # the sizes by turns
     timing = time_in_turns(calls, device, 3 * repeats(options, device))
     return {
@@ -554,16 +554,9 @@ def growth_table(result: dict) -> str:
         ["---", *["---:"] * len(GROWTH)],
     ]
     for what in (*(f"{name} batch" for name in UPDATES), "diffusion update"):
-        times = [result["seconds"][f"{what}, {records:,} records"] for records in GROWTH]
-        rows.append(
-            [
-                what,
-                *(
-                    f"{t['median'] * 1000:.2f} ({t['min'] * 1000:.2f} to {t['max'] * 1000:.2f})"
-                    for t in times
-                ),
-            ]
-        )
+        times = (result["seconds"][f"{what}, {records:,} records"] for records in GROWTH)
+        three = ([1000 * t[key] for key in ("median", "min", "max")] for t in times)
+        rows.append([what, *("{:.2f} ({:.2f} to {:.2f})".format(*x) for x in three)])
     return markdown(rows)
 
 
@@ -572,18 +565,22 @@ def without_chunks():
     return common.replaced(jedi, CPU_CHUNK=1_000_000)
 
 
-def without_fused_attention():
-    """Attention by two matrix products and a softmax."""
+def without_products():
+    """Attention by PyTorch's fused function."""
 
-    def attention(q, k, v):
-        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+    def forward(self, x):
+        b, c, h, w = x.shape
+        x = self.norm(x)
+        qkv = self.qkv(x).flatten(2).reshape(b, 3, self.heads, c // self.heads, h * w)
+        y = F.scaled_dot_product_attention(*qkv.transpose(3, 4).unbind(1))
+        return x + self.out(y.transpose(2, 3).reshape(b, c, h, w))
 
-    return common.replaced(torch.nn.functional, scaled_dot_product_attention=attention)
+    return common.replaced(jedi.SelfAttention, forward=forward)
 
 
 @contextlib.contextmanager
 def without_channels_last():
-    """Convolutions on pictures whose channels lie apart."""
+    """Convolutions on pictures, and with weights, whose channels lie apart."""
     forward = jedi.Encoder.forward
 
     def apart(self, frames):
@@ -598,8 +595,7 @@ def without_channels_last():
 
 def without_fused_optimizer():
     """AdamW parameter by parameter."""
-    adamw = torch.optim.AdamW
-    return common.replaced(torch.optim, AdamW=lambda groups, fused: adamw(groups, foreach=False))
+    return common.replaced(adam, _fused_adam=adam._single_tensor_adam)
 
 
 def without_whole_sequences():
@@ -617,7 +613,7 @@ WITHOUT = {
     "nothing left out": contextlib.nullcontext,
     "frames in chunks (CPU)": without_chunks,
     "channels-last": without_channels_last,
-    "fused attention": without_fused_attention,
+    "attention as products": without_products,
     "fused optimiser": without_fused_optimizer,
     "reward model over whole sequences": without_whole_sequences,
 }
@@ -630,23 +626,22 @@ def leave_one_out(
     sample_batch, args = args.batch_size, update_args(args, options.quick)
     replay, calls = make_replay(args, device), {}
     variants = {name: (context, args, bf16) for name, context in WITHOUT.items()}
+    everything = contextlib.nullcontext
     if bf16:
-        variants["bf16"] = (contextlib.nullcontext, args, False)
+        variants["bf16"] = (everything, args, False)
     if args.compile:
-        variants["compile"] = (
-            contextlib.nullcontext,
-            dataclasses.replace(args, compile=False),
-            bf16,
-        )
+        torch._dynamo.config.recompile_limit = 64  # the variants share their code
+        variants["compile"] = (everything, dataclasses.replace(args, compile=False), bf16)
+    if args.cuda_graphs and device.type == "cuda":
+        variants["CUDA graphs"] = (everything, dataclasses.replace(args, cuda_graphs=False), bf16)
     for name, (context, variant_args, variant_bf16) in variants.items():
         with context():
             side = make_jedi(variant_args, replay, sample_batch)
         made = side_calls(side, replay, variant_args, variant_bf16)
         for what in ("sample", *UPDATES):
             calls[f"{what}, {name}"] = within(context, made[what])
-    calls = {
-        name: calls[name] for name in sorted(calls, key=lambda n: n.split(",")[0])
-    }  # the variants by turns
+    by_turns = sorted(calls, key=lambda name: name.split(",")[0])
+    calls = {name: calls[name] for name in by_turns}
     timing = time_in_turns(calls, device, repeats(options, device))
     return {
         **describe_run(args, device, bf16, repeats(options, device)),
@@ -658,11 +653,11 @@ def leave_one_out(
 
 
 def within(context: Callable, call: Callable) -> Callable:
-    """The call, with one optimisation left out."""
+    """The call, in a context of its own each time."""
 
-    def patched():
+    def patched(*given):
         with context():
-            return call()
+            return call(*given)
 
     return patched
 
@@ -711,11 +706,10 @@ def table(result: dict) -> str:
 
     counts, ratios, memory = result["parameters"], result["ratios"], result["memory_bytes"]
     updates, shares = result["updates_seconds"], result["sample_matrix_rate_share"]
-    batch, hours = (
-        result["update_batch_size"],
-        (result["projected_hours"], result["projected_hours_pixel"]),
-    )
+    batch = result["update_batch_size"]
+    hours = [result["projected_hours"], result["projected_hours_pixel"]]
     three = [f"{updates[name] * milli:,.1f} ms" for name in SIDES]
+    shared = [result[name] for name in ("hours_play", "hours_evaluation") if name in result]
     rows = [
         ["", "JEDI", "pixel diffusion", "JEDI is"],
         ["---"] * 4,
@@ -737,16 +731,22 @@ def table(result: dict) -> str:
         ["sampler's share of the matrix rate", *(f"{shares[name]:.0%}" for name in SIDES), ""],
         [f"a full run of 100k steps, batch {batch}", *(f"{h:,.1f} h" for h in hours), ""],
     ]
+    if shared:  # older files do not have them
+        parts = [(h - sum(shared), *shared) for h in hours]
+        cells = [" + ".join(f"{part:,.1f}" for part in of) + " h" for of in parts]
+        rows.append(["of it updates + play + evaluation", *cells, ""])
     return markdown(rows)
 
 
 def show(result: dict, text: str) -> None:
     """Print a table and where it was measured."""
     print(f"{result['device']}, {result['threads']} threads, {result['precision']}, ", end="")
-    print(f"compile {'on' if result['compile'] else 'off'}, commit {result['git_commit']}")
+    switches = (f"{name.replace('_', ' ')} {'on' if result[name] else 'off'}" for name in SWITCHES)
+    print(*switches, f"commit {result['git_commit']}", sep=", ")
     print(
-        f"medians of {result['repeats']} timings in turns; in brackets the smallest and the largest\n\n{text}"
+        f"medians of {result['repeats']} timings in turns; in brackets the smallest and the largest"
     )
+    print(f"\n{text}")
     if "ratios" in result:
         print(f"\nmatrix product {result['matrix_flop_per_second'] / 1e9:,.0f} GFLOP/s; ", end="")
         print(f"the game {result['game_steps_per_second']:,.0f} steps/s, ", end="")
@@ -759,15 +759,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, device, bf16 = settings(options)
         if options.memory_of:
-            print(
-                memory_of(
-                    options.memory_of,
-                    update_args(args, options.quick),
-                    args.batch_size,
-                    device,
-                    bf16,
-                )
-            )
+            sizes = update_args(args, options.quick)
+            print(memory_of(options.memory_of, sizes, args.batch_size, device, bf16))
             return 0
         question, make_table = measure, table
         if options.profile:

@@ -55,7 +55,8 @@ def train_world_model(args: jedi.Args, updates: int, steps: int) -> tuple[jedi.A
     optimizer = jedi.make_optimizer(agent, "diffusion", args)
     losses = []
     for number in range(updates):
-        metrics = jedi.update(agent, "diffusion", optimizer, replay, number, args, False)
+        rate = common.warm_up(number, args)
+        metrics = jedi.update(agent, "diffusion", optimizer, replay, rate, args, False)
         losses.append(metrics["loss"])
     return agent, torch.stack(losses[-50:]).mean().item()
 

@@ -154,12 +154,12 @@ class Walk:
         return self.replay.sample_frames(self.args.batch_size, frames, final)
 
     def update(self, part: str, number: int, batch: jedi.Windows) -> dict[str, Tensor]:
-        """`jedi.update` on a given batch."""
+        """`jedi.update` on a given batch, with the warm-up of the part's `number`-th update."""
         given = SimpleNamespace(
             device=CPU, sample_frames=lambda *_: batch, sample_transitions=lambda *_: batch
         )
-        optimizer = self.optimizers[part]
-        return jedi.update(self.agent, part, optimizer, given, number, self.args, False)
+        optimizer, rate = self.optimizers[part], min(1.0, (number + 1) / self.args.warmup_updates)
+        return jedi.update(self.agent, part, optimizer, given, rate, self.args, False)
 
     @torch.no_grad()
     def after_first_look(self) -> jedi.Agent:
@@ -180,7 +180,7 @@ def begin_walk() -> Walk:
     agent = jedi.Agent(int(collector.env.action_space.n), args)
     rng = np.random.default_rng(args.seed)
     for _ in range(STEPS):
-        collector.play(int(rng.integers(collector.env.action_space.n)), replay)
+        collector.step(None, replay, int(rng.integers(collector.env.action_space.n)))
     collector.env.close()
     optimizers = {part: jedi.make_optimizer(agent, part, args) for part in jedi.PARTS}
     return Walk(args, agent, replay, optimizers)
@@ -286,8 +286,8 @@ def walk_loss(walk: Walk) -> str:
     torch.manual_seed(1)
     errors, tables = [], []
     for i in range(args.target_frames):
-        target, sigma = z[:, n + i], jedi.sample_sigma(args.batch_size, args, CPU)
-        noisy = jedi.add_noise(target, sigma, args.sigma_offset)
+        target = z[:, n + i]
+        noisy, sigma = jedi.add_noise(target, args)
         torch.rand(())  # the coin of random switching
         c_in, c_out, c_skip, _ = jedi.precondition(sigma, args.sigma_data, args.sigma_offset)
         wanted, real = (target - c_skip * noisy) / c_out, batch.mask[:, n + i]
@@ -306,8 +306,8 @@ def walk_loss(walk: Walk) -> str:
     loss, _ = jedi.diffusion_loss(copy.deepcopy(walk.agent), batch, args)
     return f"""## 3. The denoising loss
 
-`sample_sigma` draws a noise level per window, `diffusion_loss` adds so much noise to the target (`add_noise`), and the
-inner network F (`Denoiser`) is to say (target - c_skip noisy) / c_out, with EDM's coefficients (`precondition`).
+`add_noise` draws a noise level per window and adds so much noise to the target, and the inner network F (`Denoiser`) is
+to say (target - c_skip noisy) / c_out, with EDM's coefficients (`precondition`).
 Standard deviations, first target:
 
 | | window 0 | all windows |
@@ -379,7 +379,11 @@ def sampler_trace(walk: Walk, agent: jedi.Agent, windows: jedi.Windows):
     sigmas = jedi.karras_sigmas(args.sample_steps, jedi.SIGMA_MIN, args.sample_sigma_max, jedi.RHO)
     for sigma, following in itertools.pairwise(sigmas):
         level = torch.full((len(sample),), sigma)
-        denoised = jedi.denoise(agent, sample, level, context, actions, args)
+        c = jedi.precondition(level, args.sigma_data, args.sigma_offset)
+        c_in, c_out, c_skip, c_noise = c
+        cond = agent.denoiser.condition(c_noise, actions)
+        output = agent.denoiser(c_in * sample, context, cond)
+        denoised = agent.norm.clamp(c_skip * sample + c_out * output)
         after = sample + (following - sigma) * (sample - denoised) / sigma
         trace.append([sigma, following, sample.std(), denoised.std(), after.std()])
         sample = after

@@ -85,7 +85,7 @@ def random_agent(args: jedi.Args, num_actions: int, seed: int = 0) -> jedi.Agent
     network = jedi.Agent(num_actions, args)
     for parameter in network.parameters():
         if not parameter.detach().any():
-            torch.nn.init.normal_(parameter, std=0.3)
+            parameter.data.copy_(torch.empty(parameter.shape).normal_(std=0.3))  # by no stride
     return network
 
 
@@ -103,24 +103,15 @@ def random_windows(
     )
 
 
-def has_bf16_lstm() -> bool:
-    """Whether this processor can run an LSTM in bf16: oneDNN cannot below AVX-512."""
-    try:
-        with torch.autocast("cpu", torch.bfloat16):
-            torch.nn.LSTM(8, 8)(torch.zeros(2, 1, 8))
-    except RuntimeError:
-        return False
-    return True
-
-
 def own_update(agent, part: str, optimizer, batch, number: int, args: jedi.Args) -> dict:
-    """`jedi.update` on a batch of one's own."""
+    """`jedi.update` on a batch of one's own; `number` counts the updates from 0, for the warm-up."""
     replay = SimpleNamespace(
         device=torch.device("cpu"),
         sample_frames=lambda *_: batch,
         sample_transitions=lambda *_: batch,
     )
-    return jedi.update(agent, part, optimizer, replay, number, args, False)
+    rate = min(1.0, (number + 1) / max(args.warmup_updates, 1))
+    return jedi.update(agent, part, optimizer, replay, rate, args, False)
 
 
 def replace(args: jedi.Args, **changes) -> jedi.Args:

@@ -1,6 +1,8 @@
 """Preconditioning, noise, schedule, sampler, clamp, random switching and the flow of gradients."""
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,26 +34,28 @@ def test_precondition_closed_form(sigma):
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.3, 2.0])
-def test_input_and_target_of_the_network_have_unit_variance(sigma):
+def test_input_and_target_of_the_network_have_unit_variance(micro, monkeypatch, sigma):
     torch.manual_seed(0)
     z = 0.5 * torch.randn(40_000, 4, 1, 1)
-    levels = torch.full((len(z),), sigma)
-    noisy = jedi.add_noise(z, levels, sigma_offset=0.3)
+    monkeypatch.setattr(jedi, "NOISE_RANGE", (sigma, sigma))
+    noisy, levels = jedi.add_noise(z, micro)
+    assert levels.shape == (40_000,) and (levels == sigma).all()
     c_in, c_out, c_skip, _ = jedi.precondition(levels, 0.5, 0.3)
     assert (c_in * noisy).var().item() == pytest.approx(1, rel=0.02)
     assert ((z - c_skip * noisy) / c_out).var().item() == pytest.approx(1, rel=0.02)
 
 
-def test_offset_noise_is_shared_by_a_channel():
+def test_offset_noise_is_shared_by_a_channel(micro, monkeypatch):
     torch.manual_seed(0)
-    noise = jedi.add_noise(torch.zeros(2_000, 4, 8, 8), torch.zeros(2_000), sigma_offset=0.3)
+    monkeypatch.setattr(jedi, "NOISE_RANGE", (0.0, 0.0))
+    noise, _ = jedi.add_noise(torch.zeros(2_000, 4, 8, 8), micro)
     assert torch.equal(noise, noise[..., :1, :1].expand_as(noise))
     assert noise.std().item() == pytest.approx(0.3, rel=0.05)
 
 
 def test_training_noise_levels(micro):
     torch.manual_seed(0)
-    sigma = jedi.sample_sigma(200_000, micro, torch.device("cpu"))
+    _, sigma = jedi.add_noise(torch.zeros(200_000, 1, 1, 1), micro)
     assert sigma.min() >= 0.002 and sigma.max() <= 20
     inside = sigma[(sigma > 0.002) & (sigma < 20)].log()
     assert inside.mean().item() == pytest.approx(-0.4, abs=0.02)
@@ -67,65 +71,108 @@ def test_karras_schedule():
     assert all(a > b for a, b in zip(many, many[1:], strict=False)) and len(many) == 51
 
 
-def test_the_denoiser_is_told_the_level_that_it_is_given(micro, monkeypatch):
-    """The sampler's levels: with churn, the raised ones where the latent is then."""
-    args, told = replace(micro, s_churn=1.0), []
+class Ideal:
+    """Stands in for an agent's denoiser: its D_theta, with EDM's preconditioning around it, is the function given."""
 
-    def denoise(agent, z, sigma, *rest):
+    def __init__(self, denoised, args: jedi.Args):
+        self.denoised, self.data, self.offset = denoised, args.sigma_data**2, args.sigma_offset**2
+
+    def condition(self, c_noise, actions):
+        return c_noise
+
+    def __call__(self, x, context, cond):
+        total = torch.exp(8 * cond)[:, None, None, None]  # sigma^2 + sigma_offset^2
+        z, skip = x * torch.sqrt(total + self.data), self.data / (total + self.data)
+        target = self.denoised(z, torch.sqrt((total - self.offset).clamp(min=0)))
+        return (target - skip * z) / torch.sqrt(total * skip)
+
+
+def ideal_sample(denoised, args: jedi.Args, shape=(64, 16, 8, 8)) -> torch.Tensor:
+    """`sample_next_latent` with the ideal denoiser, and no clamp."""
+    agent = SimpleNamespace(denoiser=Ideal(denoised, args), norm=SimpleNamespace(clamp=lambda z: z))
+    context, actions = torch.zeros(shape[0], 4, *shape[1:]), torch.zeros(shape[0], 4).long()
+    return jedi.sample_next_latent(agent, context, actions, args)
+
+
+def test_the_denoiser_is_told_the_level_that_it_is_given(micro):
+    """The sampler's levels: with churn, the raised ones where the latent is then."""
+    args, told = replace(micro, s_churn=1.0, sigma_offset=0.0), []
+
+    def denoised(z, sigma):
         told.append(sigma[0].item())
         return torch.zeros_like(z)
 
-    monkeypatch.setattr(jedi, "denoise", denoise)
-    jedi.sample_next_latent(None, torch.zeros(2, 4, 16, 8, 8), None, args)
+    ideal_sample(denoised, args)
     gamma = min(1 / 3, math.sqrt(2) - 1)
     sigmas = jedi.karras_sigmas(3, 0.002, 5.0, 7.0)[:3]
-    assert told == pytest.approx([sigma * (1 + gamma) for sigma in sigmas])
+    assert told == pytest.approx([sigma * (1 + gamma) for sigma in sigmas], rel=1e-5)
 
 
 def test_denoising_follows_the_preconditioned_formula(micro):
-    args = replace(micro, latent_norm="none")
-    agent = random_agent(args, 5)
-    torch.manual_seed(0)
-    z, past, sigma = torch.randn(2, 16, 8, 8), torch.randn(2, 4, 16, 8, 8), torch.tensor([0.1, 2.0])
-    actions = torch.randint(5, (2, 4))
-    got = jedi.denoise(agent, z, sigma, past, actions, args)
-    for row, level in enumerate(sigma.tolist()):
-        total = level**2 + 0.3**2
-        data = args.sigma_data**2
-        c_noise = torch.tensor([math.log(total) / 8])
-        inside = agent.denoiser(
-            z[row : row + 1] / math.sqrt(total + data),
-            c_noise,
-            past[row : row + 1],
-            actions[row : row + 1],
-        )
+    """A sample of one step is what the denoiser says of the first noise."""
+    agent = random_agent(replace(micro, latent_norm="none"), 5)
+    past, actions = torch.randn(2, 4, 16, 8, 8), torch.randint(5, (2, 4))
+    for level in (0.1, 2.0):
+        args = replace(micro, latent_norm="none", sample_steps=1, sample_sigma_max=level)
+        torch.manual_seed(1)
+        got = jedi.sample_next_latent(agent, past, actions, args)
+        torch.manual_seed(1)
+        z, total, data = torch.randn(2, 16, 8, 8), level**2 + 0.3**2, args.sigma_data**2
+        cond = agent.denoiser.condition(torch.full((2,), math.log(total) / 8), actions)
+        inside = agent.denoiser(z / math.sqrt(total + data), past, cond)
         skip, out = data / (total + data), math.sqrt(total * data / (total + data))
-        expected = 3 * torch.tanh((skip * z[row] + out * inside[0]) / 3)
-        torch.testing.assert_close(got[row], expected, atol=1e-4, rtol=1e-4)
+        expected = 3 * torch.tanh((skip * z + out * inside) / 3)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-def gaussian_denoiser(mean: float, std: float):
+@torch.no_grad()
+def naive_sample(agent: jedi.Agent, context, actions, args: jedi.Args) -> torch.Tensor:
+    """Euler steps one by one: at each the conditioning anew and the preconditioning on tensors."""
+    sigmas = jedi.karras_sigmas(args.sample_steps, 0.002, args.sample_sigma_max, 7.0)
+    gamma = min(args.s_churn / args.sample_steps, math.sqrt(2) - 1)
+    z = torch.randn(context[:, -1].shape)
+    for sigma, following in itertools.pairwise(sigmas):
+        hat = sigma * (1 + gamma)
+        if gamma:
+            z = z + math.sqrt(hat**2 - sigma**2) * torch.randn(z.shape)
+        levels = torch.full((len(z),), hat)
+        c_in, c_out, c_skip, c_noise = jedi.precondition(levels, args.sigma_data, args.sigma_offset)
+        cond = agent.denoiser.condition(c_noise, actions)
+        output = agent.denoiser(c_in * z, context, cond)
+        denoised = agent.norm.clamp(c_skip * z + c_out * output)
+        z = z + (following - hat) * (z - denoised) / hat
+    return z
+
+
+@pytest.mark.parametrize("norm", ["none", "center"])
+@pytest.mark.parametrize("churn", [0.0, 1.0])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_sampler_against_a_naive_loop(micro, norm, churn, steps):
+    args = replace(micro, latent_norm=norm, s_churn=churn, sample_steps=steps)
+    agent = random_agent(args, 5)
+    context, actions = torch.randn(3, 4, 16, 8, 8), torch.randint(5, (3, 4))
+    found = []
+    for sample in (jedi.sample_next_latent, naive_sample):
+        torch.manual_seed(1)
+        found.append((sample(agent, context, actions, args), torch.rand(())))  # as much noise
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def gaussian(mean: float, std: float):
     """The ideal denoiser of Gaussian data, known in closed form."""
-
-    def denoise(agent, z, sigma, context, actions, args):
-        s = sigma[:, None, None, None] ** 2
-        return (std**2 * z + s * mean) / (std**2 + s)
-
-    return denoise
+    return lambda z, sigma: (std**2 * z + sigma**2 * mean) / (std**2 + sigma**2)
 
 
 @pytest.mark.parametrize("sample_start", ["unit", "sigma_max"])
-def test_sampler_follows_the_exact_solution_for_gaussian_data(micro, monkeypatch, sample_start):
+def test_sampler_follows_the_exact_solution_for_gaussian_data(micro, sample_start):
     mean, std = 0.7, 0.4
     micro = replace(micro, sample_start=sample_start)
-    monkeypatch.setattr(jedi, "denoise", gaussian_denoiser(mean, std))
-    context = torch.zeros(64, 4, 16, 8, 8)
     errors = []
     for steps in (3, 10, 40, 160):
         torch.manual_seed(0)
-        z = jedi.sample_next_latent(None, context, None, replace(micro, sample_steps=steps))
+        z = ideal_sample(gaussian(mean, std), replace(micro, sample_steps=steps))
         torch.manual_seed(0)
-        start = torch.randn_like(context[:, -1]) * (
+        start = torch.randn(z.shape) * (
             micro.sample_sigma_max if sample_start == "sigma_max" else 1
         )
         # The probability-flow ODE of Gaussian data shrinks the distance to the mean by this factor.
@@ -140,24 +187,19 @@ def test_sampler_follows_the_exact_solution_for_gaussian_data(micro, monkeypatch
         )
 
 
-def test_churn_puts_noise_back(micro, monkeypatch):
+def test_churn_puts_noise_back(micro):
     # From one and the same start, samples without churn are equal; with it they spread, but not beyond the data.
-    monkeypatch.setattr(jedi, "denoise", gaussian_denoiser(0.0, 0.4))
-    context = torch.zeros(256, 1, 4, 4, 4)
     spreads = []
     for churn in (0.0, 1.0, 20.0):
         torch.manual_seed(0)
-        z = jedi.sample_next_latent(
-            None, context, None, replace(micro, sample_steps=20, s_churn=churn)
-        )
-        spreads.append(z.std().item())
+        args = replace(micro, sample_steps=20, s_churn=churn)
+        spreads.append(ideal_sample(gaussian(0.0, 0.4), args, (256, 4, 4, 4)).std().item())
     assert spreads[0] < spreads[1] < spreads[2] < 0.45
 
 
-def test_sampler_with_a_perfect_denoiser_returns_the_target(micro, monkeypatch):
+def test_sampler_with_a_perfect_denoiser_returns_the_target(micro):
     target = torch.randn(2, 16, 8, 8)
-    monkeypatch.setattr(jedi, "denoise", lambda *a: target)
-    z = jedi.sample_next_latent(None, torch.zeros(2, 4, 16, 8, 8), None, micro)
+    z = ideal_sample(lambda z, sigma: target, micro, target.shape)
     torch.testing.assert_close(z, target, atol=1e-5, rtol=1e-5)
 
 
@@ -168,14 +210,18 @@ def test_clamp_is_bounded_and_almost_the_identity_near_zero(agent, micro):
     torch.testing.assert_close(jedi.clamp_latent(small), small, atol=1e-4, rtol=1e-3)
 
 
-def test_every_denoised_estimate_is_clamped(micro):
-    args = replace(micro, latent_norm="none")
+def test_every_denoised_estimate_is_clamped(micro, monkeypatch):
+    args, clamped = replace(micro, latent_norm="none"), []
     agent = random_agent(args, 5)
+    clamp = agent.norm.clamp
+    monkeypatch.setattr(agent.norm, "clamp", lambda z: clamped.append(clamp(z)) or clamped[-1])
     for p in agent.denoiser.conv_out.parameters():
         p.data.mul_(100)
-    out = jedi.denoise(agent, torch.randn(2, 16, 8, 8), torch.ones(2), torch.randn(2, 4, 16, 8, 8),
-                       torch.zeros(2, 4, dtype=torch.long), args)  # fmt: skip
-    assert out.abs().max() <= 3 and out.abs().max() > 2.9
+    actions = torch.zeros(2, 4, dtype=torch.long)
+    out = jedi.sample_next_latent(agent, torch.randn(2, 4, 16, 8, 8), actions, args)
+    assert len(clamped) == args.sample_steps > 1
+    assert all(2.9 < z.abs().max() <= 3 for z in clamped)
+    torch.testing.assert_close(out, clamped[-1])  # the last step goes all the way
 
 
 def test_centred_latents_have_mean_zero_and_standard_deviation_sigma_data(micro):
@@ -254,7 +300,7 @@ def contexts_seen(agent, args, monkeypatch) -> list[torch.Tensor]:
     monkeypatch.setattr(
         agent.denoiser,
         "forward",
-        lambda x, c, context, a: (seen.append(context), forward(x, c, context, a))[1],
+        lambda x, context, cond: (seen.append(context), forward(x, context, cond))[1],
     )
     batch = random_windows(args, args.context_frames + 2)
     own = agent.encode(batch.frames)[:, args.context_frames].detach()

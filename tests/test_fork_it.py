@@ -189,15 +189,15 @@ def test_one_step_is_one_call_of_the_denoiser(fork, monkeypatch):
         script.parse_args(f"--preset {x}".split()) for x in ("one_step", "small --sample-steps 1")
     )
     assert dataclasses.replace(by_preset, preset="small") == by_flag
-    calls, output = [], torch.randn(2, 16, 8, 8)
-    monkeypatch.setattr(
-        script, "denoise", lambda agent, z, sigma, *rest: calls.append(sigma[0].item()) or output
-    )
-    sampled = script.sample_next_latent(None, torch.zeros(2, 4, 16, 8, 8), None, by_flag)
-    torch.testing.assert_close(
-        sampled, output
-    )  # the sample is what the denoiser says, nothing of the noise is left
-    assert calls == [by_flag.sample_sigma_max] == [5.0]
+    calls, denoised, agent = [], [], script.Agent(5, by_flag)
+    forward, clamp = agent.denoiser.forward, agent.norm.clamp
+    monkeypatch.setattr(agent.denoiser, "forward", lambda *a: calls.append(1) or forward(*a))
+    monkeypatch.setattr(agent.norm, "clamp", lambda z: denoised.append(clamp(z)) or denoised[-1])
+    context, actions = torch.randn(2, 4, 16, 8, 8), torch.zeros(2, 4, dtype=torch.long)
+    sampled = script.sample_next_latent(agent, context, actions, by_flag)
+    # The sample is what the denoiser says, at the highest level: nothing of the noise is left.
+    torch.testing.assert_close(sampled, denoised[0])
+    assert calls == [1] and by_flag.sample_sigma_max == 5.0
 
 
 def test_the_other_latents_go_through_every_network(fork):

@@ -2,12 +2,15 @@
 
 import ast
 import dataclasses
+import itertools
+import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, has_bf16_lstm, own_update, random_windows, replace
+import torch.nn.functional as F
+from conftest import ROOT, own_update, random_agent, random_windows, replace
 
 import jedi_atari as jedi
 
@@ -72,7 +75,8 @@ def test_untrained_policy_is_uniform_and_untrained_denoiser_predicts_c_skip(micr
     logits, values, _ = agent.policy(torch.randn(2, 3, 16, 8, 8), None)
     assert not logits.any() and not values.any()
     context, actions = torch.randn(2, 4, 16, 8, 8), torch.zeros(2, 4, dtype=torch.long)
-    assert not agent.denoiser(torch.randn(2, 16, 8, 8), torch.zeros(2), context, actions).any()
+    cond = agent.denoiser.condition(torch.zeros(2), actions)
+    assert not agent.denoiser(torch.randn(2, 16, 8, 8), context, cond).any()
 
 
 def test_lstms_begin_orthogonal_and_remembering(micro):
@@ -106,18 +110,103 @@ def test_attention_against_a_naive_loop_over_heads_with_the_normalised_residual(
 def test_a_block_against_its_formula():
     """x + conv(silu(norm(conv(silu(norm(x))))))), each norm scaled and shifted by the condition."""
     torch.manual_seed(0)
-    block = jedi.ResBlock(8, 16, 32)
+    block = jedi.ResBlock(8, 16)
     torch.nn.init.normal_(block.conv2.weight)
-    x, cond = torch.randn(3, 8, 8, 8), torch.randn(3, 32)
+    x, cond = torch.randn(3, 8, 8, 8), torch.randn(3, 48)
 
-    def adaptive(y, linear):
+    def adaptive(y, part):
         mean, std = y.mean((1, 2, 3), keepdim=True), y.var((1, 2, 3), False, keepdim=True)
-        scale, shift = linear(cond).reshape(3, 2, -1, 1, 1).unbind(1)
+        scale, shift = part.reshape(3, 2, -1, 1, 1).unbind(1)
         y = (y - mean) / (std + 1e-5).sqrt() * (1 + scale) + shift
         return y * torch.sigmoid(y)
 
-    y = block.conv2(adaptive(block.conv1(adaptive(x, block.cond1)), block.cond2))
+    y = block.conv2(adaptive(block.conv1(adaptive(x, cond[:, :16])), cond[:, 16:]))
     torch.testing.assert_close(block(x, cond), block.skip(x) + y, atol=1e-4, rtol=1e-4)
+
+
+def fused_attention(layer: jedi.SelfAttention, x: torch.Tensor) -> torch.Tensor:
+    """The layer with PyTorch's own attention."""
+    b, c, h, w = x.shape
+    x = layer.norm(x)
+    qkv = layer.qkv(x).flatten(2).reshape(b, 3, layer.heads, c // layer.heads, h * w)
+    y = F.scaled_dot_product_attention(*qkv.transpose(3, 4).unbind(1))
+    return x + layer.out(y.transpose(2, 3).reshape(b, c, h, w))
+
+
+@pytest.mark.parametrize("channels", [8, 48, 160])
+def test_attention_is_pytorchs(channels):
+    """Forward and backward."""
+    torch.manual_seed(0)
+    layer, x = jedi.SelfAttention(channels), torch.randn(3, channels, 8, 8, requires_grad=True)
+    torch.nn.init.normal_(layer.out.weight, std=0.1)
+    given, weight = (x, *layer.parameters()), torch.randn(x.shape)
+    found = []
+    for y in (layer(x), fused_attention(layer, x)):
+        found.append((y, *torch.autograd.grad((y * weight).sum(), given)))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)
+
+
+def separate_layers(scales: torch.nn.Linear, blocks: list) -> dict:
+    """For each block two linear layers, one for each of its norms, with the rows of the one layer for all."""
+    layers, first = {}, 0
+    for block in blocks:
+        layers[block] = []
+        for conv in (block.conv1, block.conv2):
+            layer = torch.nn.Linear(scales.in_features, 2 * conv.in_channels)
+            rows = slice(first, first := first + layer.out_features)
+            layer.weight.data, layer.bias.data = scales.weight.data[rows], scales.bias.data[rows]
+            layers[block].append(layer)
+    assert first == scales.out_features
+    return layers
+
+
+def conditioned(block: jedi.ResBlock, layers: dict, x, cond) -> torch.Tensor:
+    """A block that scales and shifts by layers of its own."""
+    y, norms = x, (block.norm1, block.norm2)
+    for norm, conv, layer in zip(norms, (block.conv1, block.conv2), layers[block], strict=True):
+        scale, shift = layer(cond)[:, :, None, None].chunk(2, dim=1)
+        y = conv(F.silu(norm(y) * (1 + scale) + shift))
+    return block.attention(block.skip(x) + y)
+
+
+@torch.no_grad()
+def test_one_layer_conditions_as_a_layer_for_each_norm_does(micro):
+    agent = random_agent(replace(micro, denoiser_width=64, reward_blocks=10), 5)
+    torch.manual_seed(1)
+    net, actions = agent.denoiser, torch.randint(5, (3, 4))
+    x, context, c_noise = torch.randn(3, 16, 8, 8), torch.randn(3, 4, 16, 8, 8), torch.randn(3)
+    layers = separate_layers(net.scales, [net.down, *net.middle, *net.up])
+    angle = 2 * math.pi * c_noise[:, None] * net.fourier
+    noise = torch.cat([angle.cos(), angle.sin()], dim=1)
+    cond = net.cond(noise + net.action_embedding(actions).flatten(1))
+    x0 = net.conv_in(torch.cat([(context / net.sigma_data).flatten(1, 2), x], dim=1))
+    x1 = y = conditioned(net.down, layers, x0, cond)
+    for block in net.middle:
+        y = conditioned(block, layers, y, cond)
+    for block, skip in zip(net.up, (x1, x0), strict=True):
+        y = conditioned(block, layers, torch.cat([y, skip], dim=1), cond)
+    y = net.conv_out(F.silu(net.norm_out(y)))
+    found = net(x, context, net.condition(c_noise, actions))
+    torch.testing.assert_close(found, y, atol=1e-4, rtol=1e-4)
+
+    net, z = agent.reward, torch.randn(3, 5, 16, 8, 8)
+    layers = separate_layers(net.scales, net.blocks)
+    y = net.conv_in(torch.cat([z[:, :-1], z[:, 1:]], dim=2).flatten(0, 1))
+    for block in net.blocks:
+        y = conditioned(block, layers, y, net.action_embedding(actions.flatten()))
+    y = F.group_norm(y, 1).reshape(3, 4, -1)
+    torch.testing.assert_close(net.features(z, actions), y, atol=1e-4, rtol=1e-4)
+
+
+def test_an_lstm_computes_in_float32_whatever_is_around_it(agent):
+    x, state = torch.randn(2, 3, 1024), torch.randn(2, 1, 2, 16).unbind(0)
+    expected = agent.policy.lstm(x, state)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = agent.policy.lstm(x, state)
+        short, _ = agent.policy.lstm(x.bfloat16())
+    assert short.dtype == torch.float32
+    for a, b in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
 
 
 def test_a_group_has_32_channels():
@@ -157,7 +246,8 @@ def test_optimisers_cover_each_parameter_with_the_right_decay_and_rate(micro, pa
             assert group["weight_decay"] == (0.01 if decayed else 0.0), name
 
 
-def test_warm_up_is_linear(agent, micro):
+def test_an_update_learns_at_the_share_of_the_rate_that_it_is_given(agent, micro):
+    """In the warm-up; what training gives is in test_run.py."""
     args = replace(micro, warmup_updates=4)
     optimizer, rates = jedi.make_optimizer(agent, "policy", args), []
     for i in range(6):
@@ -285,10 +375,10 @@ def test_every_argument_is_read():
             for n in ast.walk(node)
             if isinstance(n, ast.Call) and ast.unparse(n.func) == "getattr"
         ):
-            text = ast.unparse(
-                call.args[1]
-            )  # getattr(args, f"first_{name}_updates") for each of the three parts
-            read |= {f for f in fields for part in jedi.PARTS if f in text.replace("{name}", part)}
+            text = ast.unparse(call.args[1])  # getattr(args, f"{first}{part}_updates")
+            for first, part in itertools.product(("", "first_"), jedi.PARTS):
+                name = text.replace("{first}", first).replace("{part}", part)
+                read |= {field for field in fields if f"'{field}'" in name}
     assert fields and not fields - read
 
 
@@ -318,8 +408,6 @@ def test_presets_name_real_arguments_and_pass_the_checks():
 
 @pytest.mark.parametrize("part", jedi.PARTS)
 def test_bf16_and_fp32_agree(agent, micro, monkeypatch, part):
-    if part != "diffusion" and not has_bf16_lstm():
-        pytest.skip("this processor has no LSTM in bf16")
     dream = jedi.imagine(agent, random_windows(micro, micro.context_frames), micro)
     monkeypatch.setattr(jedi, "imagine", lambda *_: dream)  # a sampled action may be another one
     results = []

@@ -160,13 +160,10 @@ def test_released_scores_would_split_the_games_otherwise():
     assert moved and moved <= {"Freeway", "UpNDown", "Kangaroo"}
 
 
-def test_random_and_human_scores_are_those_of_the_printed_table_and_of_the_training_script():
-    jedi = pytest.importorskip("jedi_atari", reason="the training script cannot be imported here")
+def test_random_and_human_scores_are_those_of_the_printed_table():
     table = report.PUBLISHED["diamond_table1"]["scores"]
-    assert set(jedi.REFERENCE_SCORES) == set(GAMES)
-    for game, (low, high) in jedi.REFERENCE_SCORES.items():
-        assert report.GAMES[game]["random"] == low == table["Random"][game]
-        assert report.GAMES[game]["human"] == high == table["Human"][game]
+    for game, known in report.GAMES.items():
+        assert known["random"] == table["Random"][game] < known["human"] == table["Human"][game]
 
 
 def test_action_sets_are_the_emulators():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, has_bf16_lstm, random_agent, random_windows, replace
+from conftest import ROOT, own_update, random_agent, random_windows, replace
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 
@@ -61,12 +61,11 @@ def test_the_baseline_trains(pixel_agent):
 def test_the_baselines_frames_are_quantised(pixel_agent):
     args = jedi.Args()
     context = pixel.to_pixels(random_windows(args, 4, batch=2).frames)
-    x = torch.randn(2, 3, 64, 64)
-    clean = pixel.denoise(
-        pixel_agent, x, torch.full((2,), 1.0), context, torch.zeros(2, 4, dtype=torch.int64), args
-    )
-    values = (clean.detach() + 1) * 127.5
-    assert clean.abs().max() <= 1 and torch.allclose(values, values.round(), atol=1e-3)
+    clean = jedi.sample_next_latent(pixel_agent, context, torch.zeros(2, 4).long(), args)
+    values = (clean + 1) * 127.5
+    assert clean.shape == (2, 3, 64, 64) and clean.std() > 0.1
+    assert torch.allclose(clean, clean.clamp(-1, 1), atol=1e-5)
+    assert torch.allclose(values, values.round(), atol=1e-3)
     frames = random_windows(args, 1).frames
     assert torch.equal(pixel.quantise(pixel.to_pixels(frames)), pixel.to_pixels(frames))
 
@@ -82,6 +81,26 @@ def test_an_optimisation_changes_no_result(micro, name):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_without_the_fused_optimiser_the_weights_are_the_same(micro):
+    weights, calls = [], []
+    for context in (speed.without_fused_optimizer, speed.contextlib.nullcontext):
+        agent = random_agent(micro, 5)
+        optimizer = jedi.make_optimizer(agent, "policy", micro)
+        batch = random_windows(micro, micro.context_frames)
+        with context():
+            step = speed.adam._fused_adam
+            for number in range(3):
+                torch.manual_seed(number)
+                with speed.common.replaced(
+                    speed.adam, _fused_adam=lambda *a, f=step, **k: calls.append(f) or f(*a, **k)
+                ):
+                    own_update(agent, "policy", optimizer, batch, number, micro)
+        weights.append(list(agent.policy.parameters()))
+    assert len(set(calls)) == 2
+    for one, other in zip(*weights, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
 def world_model_only(found: list[torch.Tensor]) -> list[torch.Tensor]:
     """The first two losses and their gradients: the policy's loss comes last."""
     return found[: [i for i, x in enumerate(found) if x.dim() == 0][2]]
@@ -93,7 +112,7 @@ def losses_and_gradients(
     """All three losses, and the gradients of all parameters, of the same agent on the same batches."""
     agent, result = random_agent(args, 5), []
     if compiled:
-        speed.compile_jedi(agent)
+        jedi.compile_networks(agent)
     n = args.context_frames
     for loss, length in (
         (jedi.diffusion_loss, n + args.target_frames),
@@ -131,8 +150,6 @@ def test_bf16_and_fp32_agree(micro):
     """Losses to 3%; gradients point the same way. The imagined trajectories of the policy's loss may part, since
     sampled actions do, so it is left out."""
     args = replace(micro, denoiser_width=32, lstm_size=32)
-    if not has_bf16_lstm():
-        pytest.skip("this processor has no LSTM in bf16")
     exact, short = (world_model_only(losses_and_gradients(args, bf16)) for bf16 in (False, True))
     report_differences("fp32, bf16", exact, short)
     for a, b in zip(exact, short, strict=True):
@@ -177,13 +194,41 @@ def test_projected_hours_count_every_update_and_step():
     timing = {
         part: speed.Timing(s, s, s) for part, s in zip(speed.UPDATES, (1, 10, 100), strict=True)
     }
+    environment = {"collect_steps_per_second": 50, "evaluation_step_seconds": {"4": 0.1, "10": 0.2}}
+    hours = speed.projected_hours(args, timing, environment)
     # 10,000, 10,000 and 5,000 updates, then 400 of each in 950 epochs and 50 more that play nothing
-    seconds = 410_000 * 1 + 410_000 * 10 + 405_000 * 100
-    games = (
-        4 * (2 + 99) + 100
-    )  # untrained, pre-trained, each tenth of the 1,000 epochs but the last
-    steps = 100_000 + 1_000 * games / 4
-    assert speed.projected_hours(args, timing, 50.0) == pytest.approx((seconds + steps / 50) / 3600)
+    assert hours["updates"] == pytest.approx((410_000 * 1 + 410_000 * 10 + 405_000 * 100) / 3600)
+    assert hours["play"] == pytest.approx(100_000 / 50 / 3600)
+    # Four games at once: pre-trained, and each tenth of the 1,000 epochs but the last. Ten, ten times each: random
+    # play and the end.
+    steps = (1 + 99) * 1_000 * 0.1 + 2 * 10 * 1_000 * 0.2
+    assert hours["evaluation"] == pytest.approx(steps / 3600) and len(hours) == 3
+
+
+def test_the_table_has_a_row_for_the_parts_of_a_run():
+    result = json.loads((ROOT / "results/speed/cpu.json").read_text())
+    older = {name: x for name, x in result.items() if not name.startswith("hours_")}
+    parts = {"hours_updates": 30.0, "hours_play": 2.0, "hours_evaluation": 3.0}
+    newer = older | parts | {"projected_hours": 35.0, "projected_hours_pixel": 305.0}
+    row = "| of it updates + play + evaluation | 30.0 + 2.0 + 3.0 h | 300.0 + 2.0 + 3.0 h |  |"
+    assert speed.table(newer).splitlines()[-1] == row and "of it u" not in speed.table(older)
+
+
+def test_evaluations_steps_are_timed_with_as_many_games_as_they_play(micro, monkeypatch):
+    seen, act = [], jedi.act
+    monkeypatch.setattr(jedi, "act", lambda *a: seen.append(len(a[1])) or act(*a))
+    args = replace(micro, eval_episodes=2, final_episodes=100, env_id="toys:Catch-v0")
+    found = speed.environment_rate(args, torch.device("cpu"))
+    assert set(seen) == {1, 2, jedi.EVAL_ENVS}  # one while collecting
+    assert list(found["evaluation_step_seconds"]) == ["2", str(jedi.EVAL_ENVS)]
+    assert all(seconds > 0 for seconds in found["evaluation_step_seconds"].values())
+
+
+def test_a_full_replay_is_drawn_from_to_its_end():
+    replay = speed.full_buffer(9_000, torch.device("cpu"))
+    torch.manual_seed(0)
+    episodes, *_ = replay._draw(4_096, 4, False)
+    assert set(episodes.tolist()) == set(range(9))
 
 
 @pytest.mark.timing
