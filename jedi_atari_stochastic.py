@@ -1228,7 +1228,7 @@ def print_plan(args: Args, agent: Agent, bf16: bool) -> None:
 def train(args: Args) -> dict:
     """Train and evaluate one agent; returns what it writes as result.json. A run's only state is
     the checkpoint at the end of an epoch: whatever happens, start again with `resume`, and on a CPU
-    in fp32 it ends with the same bits. Raises `BadInput`, `FloatingPointError`, `OSError`."""
+    it ends with the same bits. Raises `BadInput`, `FloatingPointError`, `OSError`."""
     begun = saved_at = time.monotonic()
     collector, agent, bf16 = set_up(args)
     device = agent.norm.mean.device

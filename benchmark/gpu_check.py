@@ -152,7 +152,7 @@ def host_waits(call) -> list[str]:
         torch.cuda.set_sync_debug_mode("warn")
         call()
         torch.cuda.set_sync_debug_mode("default")
-    return [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+    return [f"{w.filename}:{w.lineno}" for w in caught if "called a sync" in str(w.message)]
 
 
 def machine() -> None:
@@ -235,9 +235,9 @@ def course(recorded, bf16, rounds=18, cut=-1, baked=False) -> tuple[torch.Tensor
 def graphs() -> None:
     """Recorded updates, also resumed ones, are the eager ones: exactly on a CPU; on a GPU to 1% of
     the weights' movement, or 10 times what eager courses differ by. A baked-in rate differs."""
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     apart = lambda a, b: ((a[1] - b[1]).norm() / a[1].norm()).item()  # noqa: E731
-    for bf16 in sorted({False, set_up()[1]}):
+    for bf16 in sorted({False, set_up()[1]}):  # what set_up chose is undone
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         eager = course(False, bf16)
         allowed = max(10 * apart(eager, course(False, bf16)), 0.01) if CUDA else 0.0
         for name, cut in dict(recorded=-1, resumed=13).items():
