@@ -20,8 +20,6 @@ import torch
 from conftest import MICRO, ROOT, command_line
 from test_environment import ACTIONS
 
-import jedi_atari as jedi
-
 BENCHMARK, TESTS = ROOT / "benchmark.sh", ROOT / "tests"
 # A whole run, with all its parts, in less than the time that importing PyTorch takes.
 SMALL = {**MICRO, "total_steps": 60, "first_steps_min": 40, "first_steps_max": 40, "final_episodes": 1,
