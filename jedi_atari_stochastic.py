@@ -1168,7 +1168,7 @@ class Recorded:
         self.rate.fill_(rate)
         key = self.replay.frames.data_ptr(), self.replay.num_episodes < 4
         if key != self.key:
-            self.key, self.calls, self.graph = key, 0, None
+            self.key, self.calls, self.graph, self.result = key, 0, None, None
         self.calls += 1
         if not self.active or self.calls <= self.WARM_UP:
             return self.program(self.rate)
@@ -1193,7 +1193,7 @@ def set_up(args: Args) -> tuple[Collector, Agent, bool]:
     if name == "cpu":
         supported = torch.cpu._is_avx512_bf16_supported()
     else:
-        torch.cuda.set_device(name)
+        torch.cuda.set_device(torch.device(name).index or 0)
         torch.cuda.set_stream(torch.cuda.Stream())  # nothing can be recorded on the default one
         torch.backends.cudnn.benchmark = True  # times its algorithms once for each shape
         supported = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -241,3 +241,22 @@ def test_each_network_is_compiled_once_for_each_use(args, monkeypatch):
         "Denoiser.forward": 2,
         "RewardTerminationModel.features": 2,
     }
+
+
+@pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_the_device_of_a_run_is_made_the_current_one(micro, device, index, monkeypatch):
+    """By its number, which PyTorch insists on; graphs and streams are the current device's."""
+    chosen = []
+    number = torch.cuda._utils._get_device_index  # what `set_device` does to its argument
+    for name, stand_in in {
+        "device_count": lambda: 2,
+        "set_device": lambda device: chosen.append(number(device)),
+        "Stream": lambda: "a stream",
+        "set_stream": chosen.append,
+        "is_bf16_supported": lambda including_emulation: True,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(jedi.Agent, "to", lambda self, *_, **__: self)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    _, _, bf16 = jedi.set_up(replace(micro, device=device, precision="auto", compile=False))
+    assert chosen == [index, "a stream"] and bf16
