@@ -117,6 +117,8 @@ def settings(options: argparse.Namespace) -> tuple[jedi.Args, torch.device, bool
         )
     if options.json and not options.json.resolve().parent.is_dir():
         raise jedi.BadInput(f"--json {options.json}: there is no folder {options.json.parent}")
+    if args.compile:  # sides and variants share code, whose ninth form would run as written
+        torch._dynamo.config.recompile_limit = 64
     _, agent, bf16 = jedi.set_up(args)
     return args, agent.norm.mean.device, bf16
 
@@ -630,7 +632,6 @@ def leave_one_out(
     if bf16:
         variants["bf16"] = (everything, args, False)
     if args.compile:
-        torch._dynamo.config.recompile_limit = 64  # the variants share their code
         variants["compile"] = (everything, dataclasses.replace(args, compile=False), bf16)
     if args.cuda_graphs and device.type == "cuda":
         variants["CUDA graphs"] = (everything, dataclasses.replace(args, cuda_graphs=False), bf16)
