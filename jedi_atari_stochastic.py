@@ -1122,9 +1122,9 @@ def make_optimizer(agent: Agent, part: str, args: Args) -> torch.optim.AdamW:
     return torch.optim.AdamW(options, fused=True)
 
 
-def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, rate, args: Args, bf16: bool):
-    """One optimiser step of a part, at `rate` (a number or a scalar on the device, 0 to 1) of its
-    learning rate. Returns metrics, scalars on the device, for which nothing has waited."""
+def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, number, args: Args, bf16):
+    """The `number`-th optimiser step of a part, from 0: an int or a scalar on the device. Returns
+    metrics, scalars on the device, for which nothing has waited."""
     n, size = args.context_frames, args.batch_size
     if part == "diffusion":
         loss_of, batch = diffusion_loss, replay.sample_frames(size, n + args.target_frames, True)
@@ -1134,8 +1134,9 @@ def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, rate, args:
     else:
         loss_of, batch = actor_critic_loss, replay.sample_frames(size, n, False)
     recording = replay.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    warm = torch.as_tensor((number + 1) / max(args.warmup_updates, 1)).clamp(max=1.0)
     for group in optimizer.param_groups:
-        group |= dict(lr=group["peak"] * rate, capturable=recording)
+        group |= dict(lr=group["peak"] * warm, capturable=recording)
     with torch.autocast(replay.device.type, torch.bfloat16, enabled=bf16):
         loss, metrics = loss_of(agent, batch, args)
     optimizer.zero_grad(set_to_none=True)
@@ -1151,8 +1152,8 @@ class Recorded:
     by one. On a CPU, or not `active`, it runs as written.
 
     A graph reads and writes the same memory and takes the same path each time. What an update uses
-    must be a tensor that stays where it is, or a number that never changes; what does change is on
-    the device (`rate`, the replay's `count`) or in `key`, at whose change all is recorded anew. It
+    must be a tensor that stays where it is, or a number that never changes; what changes is on the
+    device (`number`, the replay's `count`) or in `key`, at whose change all is recorded anew. It
     must not read from the device. Its next call overwrites what it returned. Random numbers need no
     care: a replay takes the generator's state and moves it on as the update as written does, so
     that both draw the same numbers, and that state is all that resuming needs."""
@@ -1162,20 +1163,20 @@ class Recorded:
     def __init__(self, program, replay: ReplayBuffer, active: bool):
         self.program, self.replay, self.key, self.calls = program, replay, None, 0
         self.active = active and replay.device.type == "cuda"
-        self.rate = torch.ones((), device=replay.device)
+        self.number = torch.zeros((), device=replay.device)
 
-    def __call__(self, rate: float) -> dict[str, Tensor]:
-        self.rate.fill_(rate)
+    def __call__(self, number: int) -> dict[str, Tensor]:
+        self.number.fill_(number)
         key = self.replay.frames.data_ptr(), self.replay.num_episodes < 4
         if key != self.key:
             self.key, self.calls, self.graph, self.result = key, 0, None, None
         self.calls += 1
         if not self.active or self.calls <= self.WARM_UP:
-            return self.program(self.rate)
+            return self.program(self.number)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-                self.result = self.program(self.rate)  # recorded, not yet computed
+                self.result = self.program(self.number)  # recorded, not yet computed
         self.graph.replay()
         return self.result
 
@@ -1270,8 +1271,7 @@ def train(args: Args) -> dict:
             state["first_steps"] = collector.steps if epoch == 0 else state["first_steps"]
 
             for part in progress(parts, desc=f"{title} update"):
-                number = state["updates"][part]
-                found = steps_of[part](min(1.0, (number + 1) / max(args.warmup_updates, 1)))
+                found = steps_of[part](state["updates"][part])
                 sums |= {(part, k): sums.get((part, k), 0) + v for k, v in found.items()}
                 state["updates"][part] += 1
             metrics = {f"{p}/{k}": s.item() / parts.count(p) for (p, k), s in sums.items()}  # SYNC

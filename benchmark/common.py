@@ -68,11 +68,6 @@ def replaced(owner: object, **values):
             setattr(owner, name, value)
 
 
-def warm_up(number: int, args) -> float:
-    """The share of the learning rate at a part's `number`-th update, from 0, as training has it."""
-    return min(1.0, (number + 1) / max(args.warmup_updates, 1))
-
-
 def play(script: ModuleType, agent: torch.nn.Module, args, seed: int, steps: int):
     """A `ReplayBuffer` of `steps` steps that an agent of this script plays, without exploration."""
     collector = script.Collector(dataclasses.replace(args, seed=seed, epsilon=0.0))

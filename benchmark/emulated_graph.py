@@ -8,6 +8,7 @@ generator are put back afterwards.
 
 import contextlib
 
+import common
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,9 +33,7 @@ class Graph(TorchDispatchMode):
         self.reads: list[str] = []
         self.kept: list = []  # nothing is freed, so that addresses last
         self.own: set[int] = set()  # memory that the program allocated itself
-        self.before: dict[
-            int, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # what it overwrote elsewhere
+        self.before: dict[int, tuple] = {}  # what it overwrote elsewhere, and a copy
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -81,19 +80,11 @@ class Graph(TorchDispatchMode):
                         old.copy_(new)
 
 
-@contextlib.contextmanager
 def emulated():
     """`torch.cuda` records and replays graphs on the CPU, within."""
-    names = {
-        "CUDAGraph": Graph,
-        "graph": lambda graph, stream: graph.recording(),
-        "current_stream": lambda: None,
-    }
-    real = {name: getattr(torch.cuda, name) for name in names}
-    for name, value in names.items():
-        setattr(torch.cuda, name, value)
-    try:
-        yield
-    finally:
-        for name, value in real.items():
-            setattr(torch.cuda, name, value)
+    return common.replaced(
+        torch.cuda,
+        CUDAGraph=Graph,
+        graph=lambda graph, stream: graph.recording(),
+        current_stream=lambda: None,
+    )

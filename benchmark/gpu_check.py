@@ -41,10 +41,10 @@ import emulated_graph  # noqa: E402
 
 import jedi_atari as jedi  # noqa: E402
 
-CUDA, ACTIONS = torch.cuda.is_available(), 6  # as many actions as Pong has
+CUDA, ACTIONS, WARM = torch.cuda.is_available(), 6, 18  # Pong's; updates of the rate's warm-up
 NARROW = dict.fromkeys(("encoder_width", "denoiser_width", "reward_width", "lstm_size"), 8)
 SMALL = jedi.PRESETS["tiny"] | NARROW | dict(batch_size=3, horizon=2, cond_dim=32, precision="fp32")
-ARGS = jedi.Args(**({} if CUDA else SMALL) | dict(compile=False))
+ARGS = jedi.Args(**({} if CUDA else SMALL) | dict(compile=False, warmup_updates=WARM))
 FRAMES = np.full((2, jedi.IMAGE_SIZE, jedi.IMAGE_SIZE, 3), 50, np.uint8)
 GENERATOR = torch.cuda if CUDA else torch  # the module with the generator's state
 emulation = contextlib.nullcontext if CUDA else emulated_graph.emulated
@@ -92,7 +92,7 @@ class Run:
             self.steps[part].active = recorded  # on a CPU, too: emulated
         self.play(episodes, 60)
         for part in warm * (jedi.Recorded.WARM_UP + 2) * jedi.PARTS:  # compile and record all
-            self.steps[part](1.0)
+            self.steps[part](WARM)
 
     def play(self, episodes: int, length: int) -> None:
         """A square that actions move from side to side; rewards where it is at the border."""
@@ -107,7 +107,7 @@ class Run:
 
     def milliseconds(self, name: str, count: int) -> float:
         """Of the three updates; what each takes, and all of a run, is seen."""
-        ms = {part: 1e3 * seconds(lambda s=s: s(1.0), count) for part, s in self.steps.items()}
+        ms = {part: 1e3 * seconds(lambda s=s: s(WARM), count) for part, s in self.steps.items()}
         schedule = jedi.make_schedule(jedi.Args(), jedi.Args().first_steps_min)
         hours = sum(ms[part] for _, parts, _ in schedule for part in parts) / 3.6e6
         see(name, **{f"_{p}_ms": ms[p] for p in ms}, _three_ms=sum(ms.values()), _run_hours=hours)
@@ -180,11 +180,11 @@ def eager_updates() -> None:
     expect(host_waits(torch.zeros((), device=set_up()[0]).item), "a wait of the host is noticed")
     run.milliseconds("eager", 5 if CUDA else 1)
     for part, step in run.steps.items():
-        waits = host_waits(functools.partial(step, 1.0))
+        waits = host_waits(functools.partial(step, WARM))
         see(f"{part}_", host_waits=len(waits))
         expect(not waits, f"no wait of the host in {part}: {waits[:3]}")
         with torch.profiler.profile() as seen:  # of a CPU's operations none counts
-            step(1.0)
+            step(WARM)
             torch.cuda.synchronize() if CUDA else None
         see(f"{part}_", kernels=sum("CUDA" in str(e.device_type) for e in seen.events()))
 
@@ -203,7 +203,7 @@ def precision() -> None:
         for bf16 in (False, True):
             run.agent.load_state_dict(start)
             torch.manual_seed(1)
-            metrics = jedi.update(run.agent, part, optimizer, run.replay, 1.0, ARGS, bf16)
+            metrics = jedi.update(run.agent, part, optimizer, run.replay, WARM, ARGS, bf16)
             losses.append(metrics["loss"].item())
             missing = sum(p.grad is None for p in parameters)
             expect(not missing, f"{part}: {missing} parameters without gradient, {bf16=}")
@@ -220,7 +220,7 @@ def course(recorded, bf16, rounds=18, cut=-1, baked=False) -> tuple[torch.Tensor
     losses, weights = [], lambda: torch.cat([p.detach().flatten() for p in run.agent.parameters()])
     start = weights()
     for step in run.steps.values() if baked else ():
-        step.program = functools.partial(lambda p, n, _: p(next(n) / 18), step.program, count(1))
+        step.program = functools.partial(lambda p, n, _: p(next(n)), step.program, count())
     torch.manual_seed(1)
     for number in range(rounds):
         if number == cut:
@@ -228,7 +228,7 @@ def course(recorded, bf16, rounds=18, cut=-1, baked=False) -> tuple[torch.Tensor
             run = new
         for each in {run, new}:
             each.play({0: 3, 6: 2, 10: 2, 12: 3}.get(number, 0), 20)
-        losses += [step((number + 1) / 18)["loss"].clone() for step in run.steps.values()]
+        losses += [step(number)["loss"].clone() for step in run.steps.values()]
     return torch.stack(losses), weights() - start, GENERATOR.get_rng_state()
 
 
@@ -261,7 +261,7 @@ def compiled() -> None:
         for each in (plain, run):
             torch.manual_seed(number)
             begun = time.perf_counter()
-            metrics = each.steps[part](1.0)
+            metrics = each.steps[part](WARM)
             found.append([metrics[key].item() for key in ("loss", "grad_norm")])
         graphs[number > 0] += stats["unique_graphs"] - before
         if number in (0, last):
@@ -301,7 +301,7 @@ def rate(duration: float) -> float:
         run, count, begun = two_at_once.ready(True, compiled=True, warm=1), 0, time.perf_counter()
     while (spent := time.perf_counter() - begun) < duration:
         for part in (10 if CUDA else 1) * jedi.PARTS:
-            metrics, count = run.steps[part](1.0), count + 1
+            metrics, count = run.steps[part](WARM), count + 1
         metrics["loss"].item()
     return count / spent
 
@@ -319,12 +319,12 @@ def learning() -> None:
     """Recorded updates lower both losses as eager ones in fp32 do, to 25%, also when resumed; and
     a NaN among the weights shows in the metrics, recorded and eager."""
     runs = dict(recorded=Run(True), eager_fp32=Run(False, False), resumed=Run(True))
-    rates, last = [min(1.0, i / 20) for i in range(1, 301 if CUDA else 121)], {}
+    numbers, last = range(300 if CUDA else 120), {}
     for name, run in runs.items():
         torch.manual_seed(1)
         runs["recorded"].carry_to(run) if name == "resumed" else None
         steps = run.steps["diffusion"], run.steps["reward"]
-        losses = [torch.stack([step(rate)["loss"] for step in steps]) for rate in rates]
+        losses = [torch.stack([step(number)["loss"] for step in steps]) for number in numbers]
         first, last[name] = (torch.stack(x).mean(0) for x in (losses[:20], losses[-20:]))
         see(f"{name}_diffusion_reward_", first=first.tolist(), last=last[name].tolist())
         falls = last[name] < (1.5 * last["recorded"] if name == "resumed" else first)
@@ -333,7 +333,7 @@ def learning() -> None:
     expect(apart < 0.25, "recorded updates learn as eager ones in fp32 do")
     for name, run in runs.items():
         torch.nn.init.constant_(next(run.agent.encoder.parameters()), float("nan"))
-        shown = [not run.steps[part](1.0)["loss"].isfinite() for part in ("diffusion", "reward")]
+        shown = [not run.steps[part](WARM)["loss"].isfinite() for part in ("diffusion", "reward")]
         expect(all(shown), f"{name}: a NaN shows in the losses")
 
 

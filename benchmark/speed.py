@@ -252,8 +252,9 @@ def one_update(
     """A call that draws a batch and makes one update of a part, as training does."""
     optimizer, losses = side.optimizers[name], functools.partial(common.replaced, jedi)
     update = functools.partial(jedi.update, side.agent, name, optimizer, replay)
-    program = within(lambda: losses(**side.losses), lambda rate: update(rate, args, bf16))
-    return functools.partial(jedi.Recorded(program, replay, args.cuda_graphs), 1.0)
+    program = within(lambda: losses(**side.losses), lambda number: update(number, args, bf16))
+    recorded = jedi.Recorded(program, replay, args.cuda_graphs)
+    return functools.partial(recorded, args.warmup_updates)  # at the full learning rate
 
 
 def as_in_training(
@@ -261,8 +262,8 @@ def as_in_training(
 ) -> Callable:
     """The call as a part of an update: in its precision, and recorded."""
     autocast = functools.partial(torch.autocast, replay.device.type, torch.bfloat16, bf16)
-    program = within(autocast, lambda rate: call())
-    return functools.partial(jedi.Recorded(program, replay, args.cuda_graphs), 1.0)
+    program = within(autocast, lambda number: call())
+    return functools.partial(jedi.Recorded(program, replay, args.cuda_graphs), 0)
 
 
 def side_calls(

@@ -55,8 +55,7 @@ def train_world_model(args: jedi.Args, updates: int, steps: int) -> tuple[jedi.A
     optimizer = jedi.make_optimizer(agent, "diffusion", args)
     losses = []
     for number in range(updates):
-        rate = common.warm_up(number, args)
-        metrics = jedi.update(agent, "diffusion", optimizer, replay, rate, args, False)
+        metrics = jedi.update(agent, "diffusion", optimizer, replay, number, args, False)
         losses.append(metrics["loss"])
     return agent, torch.stack(losses[-50:]).mean().item()
 

@@ -154,12 +154,12 @@ class Walk:
         return self.replay.sample_frames(self.args.batch_size, frames, final)
 
     def update(self, part: str, number: int, batch: jedi.Windows) -> dict[str, Tensor]:
-        """`jedi.update` on a given batch, with the warm-up of the part's `number`-th update."""
+        """`jedi.update` on a given batch."""
         given = SimpleNamespace(
             device=CPU, sample_frames=lambda *_: batch, sample_transitions=lambda *_: batch
         )
-        optimizer, rate = self.optimizers[part], min(1.0, (number + 1) / self.args.warmup_updates)
-        return jedi.update(self.agent, part, optimizer, given, rate, self.args, False)
+        optimizer = self.optimizers[part]
+        return jedi.update(self.agent, part, optimizer, given, number, self.args, False)
 
     @torch.no_grad()
     def after_first_look(self) -> jedi.Agent:

@@ -104,14 +104,13 @@ def random_windows(
 
 
 def own_update(agent, part: str, optimizer, batch, number: int, args: jedi.Args) -> dict:
-    """`jedi.update` on a batch of one's own; `number` counts the updates from 0, for the warm-up."""
+    """`jedi.update` on a batch of one's own."""
     replay = SimpleNamespace(
         device=torch.device("cpu"),
         sample_frames=lambda *_: batch,
         sample_transitions=lambda *_: batch,
     )
-    rate = min(1.0, (number + 1) / max(args.warmup_updates, 1))
-    return jedi.update(agent, part, optimizer, replay, rate, args, False)
+    return jedi.update(agent, part, optimizer, replay, number, args, False)
 
 
 def replace(args: jedi.Args, **changes) -> jedi.Args:

@@ -38,9 +38,11 @@ def train_world_model(
     agent = jedi.Agent(3, args)
     replay = random_play(args, steps)
     optimizer = jedi.make_optimizer(agent, "diffusion", args)
+    peaks = [group["peak"] for group in optimizer.param_groups]
     for number in range(updates):
-        rate = min(1.0, (number + 1) / max(args.warmup_updates, 1), 2 * (1 - number / updates))
-        jedi.update(agent, "diffusion", optimizer, replay, rate, args, False)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["peak"] = peak * min(1.0, 2 * (1 - number / updates))
+        jedi.update(agent, "diffusion", optimizer, replay, number, args, False)
     return agent, replay
 
 

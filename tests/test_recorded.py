@@ -16,7 +16,7 @@ import emulated_graph
 import jedi_atari as jedi
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-ROUNDS, WARM_UP_OF_THE_RATE = 16, 10
+ROUNDS = 16
 
 
 class Run:
@@ -46,7 +46,7 @@ class Run:
     def round(self, number: int) -> None:
         """One update of each part; every fourth round new episodes, which also double the arrays."""
         for step in self.steps.values():
-            metrics = step(min(1.0, (number + 1) / WARM_UP_OF_THE_RATE))
+            metrics = step(number)
             self.found.append(torch.stack(list(metrics.values())).clone())
         torch.rand(3)  # somebody else draws, too
         if number % 4 == 3:
@@ -82,7 +82,8 @@ def same(one: Run, other: Run) -> bool:
 
 @pytest.fixture
 def args(micro) -> jedi.Args:
-    return replace(micro, latent_norm="center", sample_steps=2, s_churn=0.5, reward_noise=0.1)
+    changes = dict(sample_steps=2, s_churn=0.5, reward_noise=0.1, warmup_updates=10)
+    return replace(micro, latent_norm="center", **changes)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -110,11 +111,11 @@ def test_what_a_recording_freezes_would_be_noticed(args, fault, monkeypatch):
     if fault == "rate":
         call = jedi.Recorded.__call__
 
-        def with_a_number(self, rate):
+        def with_a_number(self, number):
             program = self.program
-            self.program = lambda _: program(rate)
+            self.program = lambda _: program(number)
             try:
-                return call(self, rate)
+                return call(self, number)
             finally:
                 self.program = program
 
@@ -161,7 +162,7 @@ def test_a_replay_shows_what_is_not_finite(args):
     with emulated_graph.emulated():
         for part in ("diffusion", "policy"):
             assert made.steps[part].graph is not None
-            assert not made.steps[part](1.0)["loss"].isfinite(), part
+            assert not made.steps[part](ROUNDS)["loss"].isfinite(), part
 
 
 def update_on_meta(args: jedi.Args, part: str, episodes: int) -> dict[str, torch.Tensor]:
@@ -170,7 +171,7 @@ def update_on_meta(args: jedi.Args, part: str, episodes: int) -> dict[str, torch
     replay = jedi.ReplayBuffer(100, META)
     replay.num_episodes, optimizer = episodes, jedi.make_optimizer(agent, part, args)
     optimizer.step = lambda: None  # PyTorch's own, which knows no such device
-    return jedi.update(agent, part, optimizer, replay, torch.ones((), device=META), args, False)
+    return jedi.update(agent, part, optimizer, replay, torch.zeros((), device=META), args, False)
 
 
 @pytest.fixture

@@ -429,7 +429,7 @@ def test_memory_stays_level_over_20000_updates():
         collector.step(agent, replay)
     for done in range(20_000):
         part = jedi.PARTS[done % 3]
-        jedi.update(agent, part, optimizers[part], replay, 1.0, args, False)
+        jedi.update(agent, part, optimizers[part], replay, done, args, False)
         if done == 2_000:
             before = resident_bytes()
     growth = resident_bytes() / before - 1
