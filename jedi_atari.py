@@ -13,18 +13,20 @@ pi_omega and V_omega actor-critic; z latent, a action, r reward, d termination; 
 C latent clamp. Dimensions: B batch, T time, H horizon, C x H x W a latent (16 x 8 x 8), A actions.
 """
 
+import sys
+
+if not (3, 11) <= sys.version_info[:2] <= (3, 14):  # said before an import fails of it
+    sys.exit("Python 3.11 to 3.14 is needed: for these there are the packages of requirements.txt")
+
 import collections
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import io
 import json
 import math
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -59,11 +61,22 @@ HELDOUT_STEPS = 2_000  # evaluation steps kept to measure the world model on [C]
 MAX_OPEN_LOOP = 15  # imagined steps over which the open-loop error is measured [C]
 CPU_CHUNK = 16  # frames that a CPU encodes at a time; 8 to 32 were as fast [C]
 CHECKPOINT_SECONDS = 30  # between checkpoints: a kill costs this and one epoch at most [C]
+PROTOCOL = "env_id seed final_episodes temperature frame_skip max_episode_steps".split()
 SHOWN = "charts/episodic_return diffusion/loss reward/loss policy/entropy eval/mean_return".split()
 
 
 class BadInput(ValueError):
     """What the user gave is wrong; the message is one line that says what would be right."""
+
+
+def usable_cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """CPU cores that this process may use; in a container (cgroup 2) no more than its limit."""
+    affinity = getattr(os, "sched_getaffinity", None)  # on Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container; "max", no limit
+        quota, period = map(int, limit.read_text().split())
+        cores = min(cores, math.ceil(quota / period))
+    return cores
 
 
 # ---- 1. Arguments: every number, its range, its meaning and its source ---------------------------
@@ -91,7 +104,6 @@ class Args:
     resume: bool = False  # carry on the run in --run-dir, or begin it if nothing is there yet
     eval_only: str = ""  # folder of a run: play --final-episodes games with it, train nothing
     dry_run: bool = False  # print what would be done, then stop; writes nothing
-    track: bool = False  # send the metrics to Weights & Biases too (pip install wandb)
     # --- environment
     frame_skip: int = num(4, 1, 1_000)  # emulator frames per action, the last two max-pooled [D]
     max_episode_steps: int = num(27_000, 1, MANY)  # when a game is cut: after 108,000 frames [D]
@@ -184,17 +196,13 @@ def check_args(args: Args) -> None:
         raise BadInput("--first-steps-min, --first-steps-max and --total-steps must not fall")
     if args.resume and not args.run_dir:
         raise BadInput("--resume needs --run-dir, the folder of the run to carry on or begin")
-    if args.resume + bool(args.eval_only) + args.dry_run > 1:
-        raise BadInput("--resume, --eval-only and --dry-run do not go together; choose one")
-    if args.track and not importlib.util.find_spec("wandb"):
-        raise BadInput("--track needs Weights & Biases: pip install wandb")
 
 
 # ---- 2. Environment: Atari as DIAMOND plays it, one plain environment ----------------------------
 def resolve_env_id(env_id: str) -> tuple[str, str]:
     """`Pong`, `ALE/Pong-v5`, `PongNoFrameskip-v4`, `module:Name-v0` -> gymnasium id, short name."""
     gym.register_envs(ale_py)
-    name = re.sub(r"(NoFrameskip-v\d|-v\d)$", "", env_id.removeprefix("ALE/"))
+    name = re.sub(r"(NoFrameskip|Deterministic)?-v\d$", "", env_id.removeprefix("ALE/"))
     atari = f"ALE/{name}-v5"
     return (atari, name) if atari in gym.registry else (env_id, re.sub(r"\W+", "_", env_id))
 
@@ -231,6 +239,8 @@ class Game(gym.Wrapper):
             reward += float(frame_reward)
             if terminated or truncated:
                 break
+        if not math.isfinite(reward):
+            raise BadInput(f"the game gave a reward of {reward}; it must be a finite number")
         self.steps, self.episode_return = self.steps + 1, self.episode_return + reward
         truncated = truncated or (self.steps >= self.max_steps and not terminated)
         lives = info.get("lives", 0)
@@ -246,8 +256,7 @@ class Game(gym.Wrapper):
 
 
 def make_env(args: Args) -> Game:
-    """The environment of `args.env_id`; swap this function to play something else. Raises
-    `BadInput` for an unknown game, other observations than RGB frames, continuous actions."""
+    """The environment of `args.env_id`; swap this to play something else. Raises `BadInput`."""
     gym_id, _ = resolve_env_id(args.env_id)
     atari = gym_id.startswith("ALE/")
     plain = dict(frameskip=1, repeat_action_probability=0.0, full_action_space=False)
@@ -255,7 +264,10 @@ def make_env(args: Args) -> Game:
     try:
         env = gym.make(gym_id, disable_env_checker=True, **(plain if atari else {}))
     except Exception as error:  # whatever goes wrong in somebody's module
-        raise BadInput(f"--env-id {args.env_id!r}: {' '.join(str(error).split())}") from None
+        module, text = rf"\b{re.escape(gym_id.split(':')[0])}\b", " ".join(str(error).split())
+        known = [i for i, s in gym.registry.items() if re.search(module, str(s.entry_point))]
+        text += f" Known there: {', '.join(known)}" if ":" in gym_id and known else ""
+        raise BadInput(f"--env-id {args.env_id!r}: {text}") from None
     space, actions = env.observation_space, env.action_space
     if space.dtype != np.uint8 or space.shape is None or space.shape[2:] != (3,):
         raise BadInput(f"{args.env_id} shows {space}; uint8 RGB frames are needed")
@@ -285,8 +297,8 @@ class ReplayBuffer:
         self.actions = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.rewards = torch.zeros(capacity, dtype=torch.float32, device=device)
         self.ends = torch.zeros(capacity, dtype=torch.bool, device=device)
-        self.starts = torch.zeros(capacity, dtype=torch.int64, device=device)  # of each episode
-        self.lengths = torch.zeros(capacity, dtype=torch.int64, device=device)  # in records
+        # Of each episode, in records:
+        self.starts, self.lengths = torch.zeros(2, capacity, dtype=torch.int64, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)  # num_episodes, over there
         self.weights = torch.tensor(QUARTER_WEIGHTS, device=device)
 
@@ -336,15 +348,13 @@ class ReplayBuffer:
         return Windows(frames, actions * mask, rewards * mask, ends & mask, mask)
 
     def sample_frames(self, batch_size: int, length: int, final: bool) -> Windows:
-        """Windows that may begin before an episode (padding) but end inside it; not `final`: never
-        with an episode's last frame as the newest one, where no imagination can start."""
+        """Windows that may begin before an episode (padding); not `final`: no last frame of one."""
         episode, count, step, place = self._draw(batch_size, length, final)
         stop = (step + 1 + place).minimum(count)
         return self._cut(episode, stop - length, length, stop)
 
     def sample_transitions(self, batch_size: int, length: int) -> Windows:
-        """Windows of `length` transitions (`length` + 1 frames) that may run past an episode's end;
-        `mask` (B, length) marks the real ones, each with its two frames."""
+        """`length` transitions, one frame more; past an episode's end mask (B, length) is False."""
         # DEVIATION 5: padding at a window's end only: before its begin it would move LSTM states.
         episode, count, step, place = self._draw(batch_size, length, final=False)
         stop, start = (step - place + length).minimum(count), (step - place).clamp(min=0)
@@ -352,7 +362,7 @@ class ReplayBuffer:
         return windows._replace(mask=windows.mask[:, 1:])
 
     def all_windows(self, length: int, stride: int, count: int = 10**9, rewarded: bool = False):
-        """`Windows` wholly in an episode, one each `stride` steps backward from its end; at most
+        """Windows wholly in an episode, one each `stride` steps backward from its end; at most
         `count`, evenly spread. `rewarded`: only those whose last transition has a reward."""
         lengths = self.lengths[: self.num_episodes].tolist()
         pairs = [(e, s) for e, n in enumerate(lengths) for s in range(n - length, -1, -stride)]
@@ -718,8 +728,7 @@ def diffusion_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, di
 
 
 def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, dict]:
-    """Cross-entropy of the reward's sign and of termination; trains R_psi and E_phi [P, D], on
-    windows from `sample_transitions`: T + 1 frames, mask (B, T) of real transitions."""
+    """Cross-entropy of the reward's sign and of the termination; trains R_psi and E_phi [P, D]."""
     z = agent.encode(batch.frames)
     if args.reward_noise > 0:
         # DEVIATION 8: trained on true latents alone, R_psi misses the rewards of imagined ones.
@@ -733,9 +742,7 @@ def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[T
     reward_loss = masked_mean(reward_error, batch.mask)
     end_loss = masked_mean(end_error, batch.mask)
     loss = reward_loss + end_loss
-    hit = (reward_logits.argmax(-1) - 1 == sign).float()
-    recall = masked_mean(hit, batch.mask & (sign != 0))  # 0 for a batch without rewards
-    metrics = dict(loss=loss, reward_loss=reward_loss, end_loss=end_loss, recall=recall)
+    metrics = dict(loss=loss, reward_loss=reward_loss, end_loss=end_loss)
     return loss, {key: value.detach() for key, value in metrics.items()}
 
 
@@ -932,9 +939,9 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
     z = agent.norm(raw).flatten(1)
     found = dict(latent_std=raw.std().item(), latent_change_std=(z - z.mean(0)).std().item())
     found["latent_saturation"] = (raw.abs() > 0.9 * LATENT_BOUND).float().mean().item()
-    energy = torch.linalg.svdvals((z - z.mean(0)).double()).square() + 1e-30
-    p = energy / energy.sum()
-    found["latent_effective_rank"] = (-(p * p.log()).sum()).exp().item()
+    energy = torch.linalg.svdvals((z - z.mean(0)).double()).square()
+    rank = torch.special.entr(energy / energy.sum()).sum().exp().item()
+    found["latent_effective_rank"] = rank if found["latent_change_std"] > 1e-6 else None  # a still
     length = min(args.context_frames + args.reward_window, int(heldout.lengths.max()))
     windows = heldout.all_windows(length, stride=length - 1)
     sign, end = windows.rewards[:, :-1].sign(), windows.ends[:, :-1]
@@ -956,7 +963,8 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
         z = agent.encode(windows.frames)
         errors = (open_loop(agent, z, windows.actions, steps, args) - z, z[:, n - 1 : n] - z)
         error, no_change = (x[:, n:].square().mean((0, 2, 3, 4)) for x in errors)
-        found["open_loop_ratio"] = (error / no_change.clamp(min=1e-12)).tolist()
+        if no_change.min() > TINY:  # else a still picture: there is nothing to predict
+            found["open_loop_ratio"] = (error / no_change).tolist()
     windows = heldout.all_windows(min(n + 5, longest), stride=1, count=64, rewarded=True)
     true = agent.encode(windows.frames)
     for k in (0, 1, 3, 5):
@@ -970,8 +978,8 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
 
 
 # ---- 9. The run folder: arguments, checkpoints, metrics ------------------------------------------
-def write_atomically(path: Path, content: dict | bytes | memoryview) -> None:
-    """Write a new file (JSON if it is a dict), bring it to disk, then let it replace `path`."""
+def write_atomically(path: Path, content, keep: bool = False) -> None:
+    """Write bytes, or a dict as JSON, to a new file; then it replaces `path`, kept as .prev."""
     if isinstance(content, dict):
         content = (json.dumps(content, indent=2) + "\n").encode()
     temporary = path.with_name(path.name + ".tmp")
@@ -979,15 +987,22 @@ def write_atomically(path: Path, content: dict | bytes | memoryview) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    if keep and path.exists():
+        path.replace(path.with_suffix(f".prev{path.suffix}"))
     temporary.replace(path)
 
 
 def load_args(run_dir: Path) -> Args:
-    """The arguments of a run. Raises `BadInput` where there are none."""
-    try:
-        return Args(**json.loads((run_dir / "args.json").read_text()))
+    """The arguments of a run. Raises `BadInput` where there are none, or others than today's."""
+    path = run_dir / "args.json"
+    try:  # a checkpoint that was copied alone holds them, too
+        found = json.loads(path.read_text() if path.exists() else load_checkpoint(run_dir)["args"])
+        check_args(args := Args(**found))
+        if missing := vars(args).keys() - found.keys():
+            raise ValueError(f"no {min(missing)}; use the script that was copied there")
+        return args
     except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{run_dir} holds no args.json of this script's version: {error}") from None
+        raise BadInput(f"{run_dir} holds no run of this script's version: {error}") from None
 
 
 @contextlib.contextmanager
@@ -996,11 +1011,19 @@ def open_run_dir(args: Args):
     name = f"{resolve_env_id(args.env_id)[1]}__{Path(__file__).stem}__{args.seed}"
     run_dir = Path(args.run_dir or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        if (run_dir / "result.json").exists():
-            raise BadInput(f"{run_dir} is finished; --eval-only plays more games with it")
-        if (run_dir / "checkpoint.pt").exists() and not args.resume:
+        there = {p.name.split(".")[0] for p in run_dir.glob("*.*") if p.suffix != ".tmp"}
+        taken = there & {"args", "checkpoint", "events", "metrics", "result"}
+        if taken and not (args.resume and there & {"args", "checkpoint"}):
             raise BadInput(f"{run_dir} already holds a run; --resume carries it on")
-        saved = load_checkpoint(run_dir, args) if (run_dir / "checkpoint.pt").exists() else None
+        saved = load_checkpoint(run_dir) if "checkpoint" in there else None
+        old, finished = json.loads(saved["args"]) if saved else {}, "result" in there
+        free = "run_dir resume device precision compile cuda_graphs threads final_episodes"
+        for key in set(old) - set(free.split()):
+            value = getattr(args, key, None)
+            if value != old[key] and not (key == "total_steps" and value > old[key]):
+                raise BadInput(f"{run_dir} was begun with {key} {old[key]}; leave it as it is")
+        if finished and args.total_steps == old.get("total_steps", args.total_steps):
+            raise BadInput(f"{run_dir} is finished; more --total-steps train it further")
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "wb")
     except OSError as error:
@@ -1014,48 +1037,32 @@ def open_run_dir(args: Args):
             raise BadInput(f"another process is at work in {run_dir}") from None
         except (ImportError, OSError):  # Windows and some file systems have no locks: go without
             pass
+        if finished:  # it will be trained further
+            (run_dir / "result.json").replace(run_dir / f"result_{old['total_steps']}.json")
         yield run_dir, saved
 
 
 def save_checkpoint(run_dir: Path, content: dict) -> None:
     """Write checkpoint.pt, plain data; the one before it stays as checkpoint.prev.pt."""
-    path, archive = run_dir / "checkpoint.pt", io.BytesIO()
-    torch.save(content, archive)
-    if path.exists():
-        write_atomically(run_dir / "checkpoint.prev.pt", path.read_bytes())
-    write_atomically(path, archive.getbuffer())
+    torch.save(content, archive := io.BytesIO())
+    write_atomically(run_dir / "checkpoint.pt", archive.getbuffer(), keep=True)
 
 
-def load_checkpoint(run_dir: Path, args: Args | None = None) -> dict:
-    """Read checkpoint.pt onto the host, as data, never as code. Raises `BadInput`."""
-    path, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"
-    try:
-        if zipfile.ZipFile(path).testzip():  # PyTorch does not look at the checksums inside
-            raise ValueError("its checksum is wrong")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        script, old = saved["script"], json.loads(saved["args"])
-    except Exception as error:
-        remedy = f"; the one before it: mv {previous} {path}" if previous.exists() else ""
-        raise BadInput(f"{path} is missing, cut short, altered or no data{remedy}") from error
-    if script != Path(__file__).stem:
-        raise BadInput(f"{path} was written by {script}.py; use that script")
-    if args and set(old) != set(vars(args)):
-        raise BadInput(f"{run_dir} was begun by another version; use the script copied there")
-    for key in set(old) - set("run_dir resume track device precision compile cuda_graphs".split()):
-        if args and old[key] != getattr(args, key):
-            raise BadInput(f"{run_dir} was begun with {key} {old[key]}; leave it as it is")
-    return saved
+def load_checkpoint(run_dir: Path) -> dict:
+    """Read a run's newest sound checkpoint onto the host, as data, not as code; else `BadInput`."""
+    for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"):
+        with contextlib.suppress(Exception):  # whatever is wrong with it
+            sound = not zipfile.ZipFile(path).testzip()  # PyTorch does not look at the checksums
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if sound and "args" in saved:
+                return saved
+    raise BadInput(f"{run_dir / 'checkpoint.pt'} is missing, cut short, altered or no data")
 
 
 class Log:
     """Scalars under the same keys to metrics.jsonl and TensorBoard, over environment steps."""
 
-    def __init__(self, run_dir: Path, args: Args, before: str):
-        if args.track:
-            import wandb
-
-            options = dict(project="jedi", name=run_dir.name, config=vars(args), dir=run_dir)
-            wandb.init(**options, sync_tensorboard=True, resume="auto")
+    def __init__(self, run_dir: Path, before: str):
         from torch.utils.tensorboard import SummaryWriter  # takes a second: not for --help
 
         for path in run_dir.glob("events.out.tfevents.*"):  # written anew
@@ -1114,8 +1121,7 @@ def make_optimizer(agent: Agent, part: str, args: Args) -> torch.optim.AdamW:
 
 
 def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, number, args: Args, bf16):
-    """The `number`-th optimiser step of a part, from 0: an int or a scalar on the device. Returns
-    metrics, scalars on the device, for which nothing has waited."""
+    """The `number`-th optimiser step of a part, from 0 (an int or on the device); its metrics."""
     n, size = args.context_frames, args.batch_size
     if part == "diffusion":
         loss_of, batch = diffusion_loss, replay.sample_frames(size, n + args.target_frames, True)
@@ -1139,15 +1145,11 @@ def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, number, arg
 
 
 class Recorded:
-    """An update as one CUDA graph: the host launches it at once, not its thousands of kernels one
-    by one. On a CPU, or not `active`, it runs as written.
-
-    A graph reads and writes the same memory and takes the same path each time. What an update uses
-    must be a tensor that stays where it is, or a number that never changes; what changes is on the
-    device (`number`, the replay's `count`) or in `key`, at whose change all is recorded anew. It
-    must not read from the device. Its next call overwrites what it returned. Random numbers need no
-    care: a replay takes the generator's state and moves it on as the update as written does, so
-    that both draw the same numbers, and that state is all that resuming needs."""
+    """An update as one CUDA graph: the host launches it at once, not thousands of kernels one by
+    one; on a CPU, or not `active`, it runs as written. A graph keeps to its memory and its path: an
+    update uses tensors that stay where they are, and numbers that never change. What changes is on
+    the device (`number`, the replay's `count`) or in `key`, at whose change all is recorded anew.
+    The next call overwrites the result. Random numbers are those of the update as written."""
 
     WARM_UP = 3  # calls as written first: they compile, choose algorithms, make AdamW's state
 
@@ -1175,7 +1177,7 @@ class Recorded:
 def set_up(args: Args) -> tuple[Collector, Agent, bool]:
     """Check the arguments and build what a run needs. Raises `BadInput`; writes nothing."""
     check_args(args)
-    torch.set_num_threads(args.threads or torch.get_num_threads())
+    torch.set_num_threads(args.threads or min(torch.get_num_threads(), usable_cores()))
     torch.set_float32_matmul_precision("high")  # TF32 where fp32 products remain on a GPU
     count, name = torch.cuda.device_count(), args.device
     name = ("cuda" if count else "cpu") if name == "auto" else name
@@ -1212,15 +1214,16 @@ def print_plan(args: Args, agent: Agent, bf16: bool) -> None:
     games = sum(due for *_, due in epochs[1:]) * args.eval_episodes + 2 * args.final_episodes
     print(f"game        {args.env_id}, seed {args.seed}, preset {args.preset}")
     print(f"device      {device}, {'bf16' if bf16 else 'fp32'}, compile {args.compile}")
+    cores, threads = usable_cores(), torch.get_num_threads()
+    print(f"threads     {threads} on {cores} cores" + ": too many, slow" * (threads > cores))
     print("parameters ", *(f"{n} {sizes[n]:,}," for n in sizes), f"all {sum(sizes.values()):,}")
     print(f"epochs      {len(epochs):,}, {args.total_steps:,} steps of {IMAGE_SIZE**2 * 3:,} bytes")
     print("updates    ", *(f"{part} {updates[part]:,}," for part in PARTS), f"{games:,} games")
 
 
 def train(args: Args) -> dict:
-    """Train and evaluate one agent; returns what it writes as result.json. A run's only state is
-    the checkpoint at the end of an epoch: whatever happens, start again with `resume`, and on a CPU
-    it ends with the same bits. Raises `BadInput`, `FloatingPointError`, `OSError`."""
+    """Train and evaluate one agent; returns what it writes as result.json. Its only state is the
+    last checkpoint: carry on with `resume`. Raises `BadInput`, `FloatingPointError`, `OSError`."""
     begun = saved_at = time.monotonic()
     collector, agent, bf16 = set_up(args)
     device = agent.norm.mean.device
@@ -1239,8 +1242,11 @@ def train(args: Args) -> dict:
         state["updates"] = dict.fromkeys(PARTS, 0)
         if saved:
             state = {key: saved[key] for key in state}
-            collector.load_state_dict(saved["collector"], replay)
             agent.load_state_dict(saved["agent"])
+            collector.load_state_dict(saved["collector"], replay)
+            # Further training after a run's last epochs goes on where it last played.
+            done = make_schedule(args, state["first_steps"])[: state["epoch"] + 1]
+            state["epoch"] = max(i for i, (at, *_) in enumerate(done) if at <= collector.steps)
             for part, optimizer in optimizers.items():
                 optimizer.load_state_dict(saved["optimizers"][part])
             torch.set_rng_state(saved["rng"]["cpu"])
@@ -1248,15 +1254,13 @@ def train(args: Args) -> dict:
                 torch.cuda.set_rng_state(saved["rng"]["cuda"])
             print(f"resumed after epoch {state['epoch']}, {collector.steps:,} steps", flush=True)
         write_atomically(run_dir / "args.json", vars(args))
-        (run_dir / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
-        log = Log(run_dir, args, saved["metrics"] if saved else "")
+        write_atomically(run_dir / Path(__file__).name, Path(__file__).read_bytes())
+        log = Log(run_dir, saved["metrics"] if saved else "")
         begun -= state["wall_seconds"]
-
         while state["epoch"] + 1 < len(schedule := make_schedule(args, state["first_steps"])):
             epoch = state["epoch"] = state["epoch"] + 1
             steps, parts, evaluated = schedule[epoch]
             title, games, sums = f"epoch {epoch}/{len(schedule) - 1}", [], {}
-
             while collector.steps < (steps or collector.first_goal()):
                 games += collector.step(agent if epoch else None, replay)
             state["first_steps"] = collector.steps if epoch == 0 else state["first_steps"]
@@ -1268,7 +1272,6 @@ def train(args: Args) -> dict:
             metrics = {f"{p}/{k}": s.item() / parts.count(p) for (p, k), s in sums.items()}  # SYNC
             if bad := [key for key, value in metrics.items() if not math.isfinite(value)]:
                 raise FloatingPointError(f"{title}: not finite: {bad}; no checkpoint holds that")
-
             metrics |= {f"charts/{part}_updates": n for part, n in state["updates"].items()}
             metrics["charts/episodic_return"] = np.mean(games) if games else None
             if evaluated:
@@ -1286,10 +1289,9 @@ def train(args: Args) -> dict:
                 saved_at = time.monotonic()
                 state["wall_seconds"] = saved_at - begun
                 content = dict(script=Path(__file__).stem, args=json.dumps(vars(args)), **state)
-                content["agent"] = agent.state_dict()
+                content |= dict(agent=agent.state_dict(), collector=collector.state_dict())
                 content["optimizers"] = {p: o.state_dict() for p, o in optimizers.items()}
                 content["metrics"] = (run_dir / "metrics.jsonl").read_text()
-                content["collector"] = collector.state_dict()
                 cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
                 content["rng"] = dict(cpu=torch.get_rng_state(), cuda=cuda)
                 save_checkpoint(run_dir, content)
@@ -1305,30 +1307,23 @@ def train(args: Args) -> dict:
 def write_result(run_dir: Path, args: Args, steps: int, state: dict, final: dict, bf16: bool):
     """Write result.json, return it and show what was learned, on games not trained on."""
     random, measures = json.loads(state["random"]), final["measures"]
-    status, cuda = Path("/proc/self/status"), torch.cuda.max_memory_allocated()
-    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text() if status.exists() else "")  # Linux
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
-    commit = None
-    with contextlib.suppress(OSError):  # no git here
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     untrained, ratio = (x["open_loop_ratio"] for x in (random["measures"], measures))
     result = {
         **dict(env_id=args.env_id, script=Path(__file__).stem, seed=args.seed, preset=args.preset),
         **dict(env_steps=steps, updates=state["updates"], environment="plain", **final),
-        **dict(open_loop_ratio=ratio, open_loop_ratio_untrained=untrained),
+        **dict(open_loop_ratio=ratio, open_loop_ratio_untrained=untrained, args=vars(args)),
         **dict(returns_random=random["returns"], reward_recall=measures["reward_recall"]),
         **dict(wall_seconds=state["wall_seconds"], precision="bf16" if bf16 else "fp32"),
-        "peak_memory_bytes": cuda or (peak and 1024 * int(peak[1])),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() or None,  # of a GPU
+        "device": torch.cuda.get_device_name() if torch.cuda.max_memory_allocated() else "cpu",
         "versions": {m.__name__: str(m.__version__) for m in (torch, gym, ale_py, np)},
-        **dict(git_commit=commit, args=vars(args)),
     }
     write_atomically(run_dir / "result.json", result)
     print("prediction error / error of predicting no change, 1, 2, 3, ... imagined steps ahead:")
     print("  untrained", *(f"{x:.2f}" for x in untrained or ()))
     print("  now      ", *(f"{x:.2f}" for x in ratio or ()))
-    share, seen = measures["reward_recall"] or 0, measures["rewarded_steps"]
-    print(f"rewarded steps recognised: {share:.0%} of {seen}; run folder {run_dir}")
+    share, seen = measures["reward_recall"], measures["rewarded_steps"]
+    print("rewarded steps recognised:", f"{share:.0%} of {seen}" if seen else "none was seen")
     print(compare(random["returns"], final["returns"]))
     return result
 
@@ -1345,16 +1340,15 @@ def compare(chance: list[float], now: list[float]) -> str:
 
 def eval_only(args: Args) -> dict:
     """Play `--final-episodes` games with a run's checkpoint; writes eval_<time>.json beside it."""
-    _, agent, _ = set_up(args)
-    saved = load_checkpoint(Path(args.eval_only))
-    try:
-        agent.load_state_dict(saved["agent"])
-    except RuntimeError:
-        raise BadInput("--eval-only: leave game and sizes of the networks as they are") from None
-    result = dict(env_id=args.env_id, seed=args.seed, epoch=saved["epoch"])
-    result |= evaluate(agent, args, args.final_episodes, -1)
+    (_, agent, _), saved = set_up(args), load_checkpoint(Path(args.eval_only))
+    game = json.loads(saved["args"])["env_id"]
+    if resolve_env_id(game) != resolve_env_id(args.env_id):
+        raise BadInput(f"{args.eval_only} is a run of {game}; leave --env-id as it is")
+    agent.load_state_dict(saved["agent"])
+    rules = dict(environment="plain", **{key: getattr(args, key) for key in PROTOCOL})
+    result = dict(epoch=saved["epoch"], **rules, **evaluate(agent, args, args.final_episodes, -1))
+    print(f"return {result['mean_return']:.1f} +- {result['std_return']:.1f},", json.dumps(rules))
     write_atomically(Path(args.eval_only) / time.strftime("eval_%Y%m%d-%H%M%S.json"), result)
-    print(f"{args.env_id}: return {result['mean_return']:.1f} +- {result['std_return']:.1f}")
     return result
 
 
@@ -1364,20 +1358,20 @@ def parse_args(argv: list[str]) -> Args:
     early = cli(args=[word for word in argv if word not in ("-h", "--help")])
     default = Args(**PRESETS[early.preset] | {"preset": early.preset})
     run_dir = Path(early.eval_only or early.run_dir)
-    if early.eval_only or (early.resume and (run_dir / "args.json").exists()):
-        default = dataclasses.replace(load_args(run_dir), run_dir="", resume=False, track=False)
+    kept = run_dir / "args.json", run_dir / "checkpoint.pt"
+    if early.eval_only or (early.resume and any(map(os.path.exists, kept))):
+        default = dataclasses.replace(load_args(run_dir), run_dir="", resume=False)
     return cli(args=argv, default=default)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for bad input, 1 for a failure."""
-    threading.excepthook = lambda e: issubclass(e.exc_type, OSError) or threading.__excepthook__(e)
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        if args.eval_only:
-            eval_only(args)
-        elif args.dry_run:
+        if args.dry_run:
             print_plan(args, *set_up(args)[1:])
+        elif args.eval_only:
+            eval_only(args)
         else:
             train(args)
         return 0
@@ -1388,12 +1382,18 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, FloatingPointError) as error:
         status, text = 1, f"failed: {error}"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
         status, text = 1, "out of memory; try a smaller --batch-size, width or --total-steps"
+        if "state_dict" in str(error):
+            status, text = 2, "error: the run's networks are of another game, size or script"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            text = f"cannot compile here, use --no-compile: {str(error).splitlines()[0]}"
+        elif not isinstance(error, MemoryError) and "alloc" not in str(error).lower():
+            raise
     print(f"{Path(__file__).name}: {text}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
+    # A full disk strikes TensorBoard's thread, too; `main` says it.
+    threading.excepthook = lambda e: issubclass(e.exc_type, OSError) or threading.__excepthook__(e)
     sys.exit(main())

@@ -47,7 +47,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import jedi_atari
-import jedi_atari_stochastic
 import play_pictures
 
 FPS = 15  # steps per second at speed 1: the console's 60 frames, 4 to a step
@@ -73,7 +72,7 @@ PAGES = {
 class Model:
     """What a run has learned, ready to play. All tabs share it: nothing in it changes."""
 
-    script: ModuleType  # jedi_atari or jedi_atari_stochastic
+    script: ModuleType  # jedi_atari, jedi_atari_stochastic or a fork of one
     args: jedi_atari.Args
     game: str
     device: torch.device
@@ -91,13 +90,13 @@ class Model:
 def load_model(run_dir: Path, device: str = "auto", env_id: str = "", threads: int = 0) -> Model:
     """Read a run folder; what is missing for pictures is learned first, a minute. Raises `BadInput` if the folder holds
     no checkpoint, or another game than `env_id`."""
-    script, args = play_pictures.load_args(run_dir)
+    run = play_pictures.load_run(run_dir, device, threads)
+    script, args = run.script, run.args
     gym_id, game = script.resolve_env_id(args.env_id)
     if env_id and script.resolve_env_id(env_id)[0] != gym_id:
         raise jedi_atari.BadInput(
             f"{run_dir} is a run of {args.env_id}, not of {env_id}; drop --env-id {env_id}"
         )
-    run = play_pictures.load_run(run_dir, device, threads)
     # A person plays longer than a run that is cut short to save time.
     args = dataclasses.replace(run.args, max_episode_steps=27_000)
     where, meanings = run.agent.norm.mean.device, meanings_of(run.collector.env)
@@ -574,7 +573,7 @@ class Session:
             "replay": model.replay.size,
             "trained_steps": model.steps,
             "epoch": model.epoch,
-            "chance": model.script is jedi_atari_stochastic,
+            "chance": hasattr(model.args, "sticky_prob"),
             "fps": FPS,
             "speeds": SPEEDS,
             "most_sampling": MOST_SAMPLE_STEPS,
@@ -998,7 +997,7 @@ def main(argv: list[str] | None = None) -> int:
         options = parse(sys.argv[1:] if argv is None else argv)
         where = (options.run_dir, options.device, options.env_id, options.threads)
         asyncio.run(serve(load_model(*where), options))
-    except play_pictures.BAD_INPUT as error:
+    except jedi_atari.BadInput as error:
         print(f"play.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -12,8 +12,10 @@ Read downward: 1 a trained run, 2 the decoder, 3 dreams, 4 learning curves, 5 th
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import io
 import json
+import os
 import sys
 import zlib
 from collections.abc import Iterable
@@ -29,7 +31,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import jedi_atari
-import jedi_atari_stochastic
 from jedi_atari import (
     HELDOUT_STEPS,
     IMAGE_SIZE,
@@ -42,13 +43,10 @@ from jedi_atari import (
     ReplayBuffer,
     Windows,
     conv3x3,
-    open_loop,
     progress,
     write_atomically,
     zero_,
 )
-
-BAD_INPUT = (BadInput, jedi_atari_stochastic.BadInput)
 
 
 # ---- 1. A trained run ----------------------------------------------------------------------------
@@ -57,7 +55,7 @@ class Run:
     """What a run has learned and played."""
 
     folder: Path
-    script: ModuleType  # jedi_atari or jedi_atari_stochastic
+    script: ModuleType  # jedi_atari, jedi_atari_stochastic or a fork of one
     args: Args
     agent: Agent  # frozen
     saved: dict  # its checkpoint
@@ -70,27 +68,31 @@ class Run:
         replay = ReplayBuffer(int(1.1 * steps) + 1_000, cpu)
         try:
             self.collector.load_state_dict(self.saved["collector"], replay)
-        except BAD_INPUT as error:  # another emulator than the run's: still frames of the game
+        except BadInput as error:  # another emulator than the run's: still frames of the game
             print(f"not quite the run's own play: {error}")
         return replay
 
 
-def load_args(folder: Path) -> tuple[ModuleType, Args]:
-    """The script that made a run, by the names of its arguments, and these. Raises `BadInput`."""
-    if not (folder / "checkpoint.pt").is_file():
-        raise BadInput(f"{folder} holds no checkpoint.pt; give a run's folder that has one")
-    path = folder / "args.json"
-    stochastic = path.is_file() and "sticky_prob" in path.read_text(errors="replace")
-    script = jedi_atari_stochastic if stochastic else jedi_atari
-    return script, script.load_args(folder)
+def load_script(name: str) -> ModuleType:
+    """The script of this name beside this file: one of the two or a fork. Raises `BadInput`."""
+    here = Path(__file__).resolve()
+    path = here.parent / f"{name}.py"
+    if Path(name).name != name or not path.is_file():
+        raise BadInput(f"the run was made by {name}.py; put that beside {here.name}")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    sys.modules[name].BadInput = BadInput  # so that one `except` knows them all
+    return sys.modules[name]
 
 
 def load_run(folder: Path, device: str = "auto", threads: int = 0) -> Run:
     """Read a run's folder; writes nothing. Raises `BadInput` if it cannot be used here."""
-    script, args = load_args(folder)
-    here = dict(device=device, threads=threads, precision="fp32", compile=False)
-    args = dataclasses.replace(args, **here, resume=False, track=False)
-    saved = script.load_checkpoint(folder)
+    saved = jedi_atari.load_checkpoint(folder)
+    script = load_script(saved["script"])
+    here = dict(device=device, threads=threads, precision="fp32", compile=False, resume=False)
+    args = dataclasses.replace(script.load_args(folder), **here)
     with torch.random.fork_rng([]):  # set_up seeds it for a run
         collector, agent, _ = script.set_up(args)
     try:
@@ -246,8 +248,9 @@ def eventful_window(heldout: ReplayBuffer, length: int) -> Windows | None:
 
 
 @torch.no_grad()
-def dream_of(agent: Agent, decoder: Decoder, play: Windows, args: Args, stretch: int) -> Dream:
+def dream_of(run: Run, decoder: Decoder, play: Windows, stretch: int) -> Dream:
     """Dream along real play (a batch of 1), with its frames seen again after each `stretch`."""
+    agent, args, open_loop = run.agent, run.args, run.script.open_loop
     n, last = args.context_frames, play.frames.shape[1] - 1
     z = agent.encode(play.frames)
     imagined, ages = [z[:, :n]], [0]
@@ -356,7 +359,8 @@ CURVES = {
 
 def learning_curves(rows: list[dict], title: str) -> Image.Image:
     """Four panels over environment steps, from the rows of metrics.jsonl."""
-    # Takes a second to import, and play.py needs none of it.
+    # Takes a second to import, and play.py needs none of it. What MPLBACKEND says is for windows.
+    os.environ.pop("MPLBACKEND", None)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -397,22 +401,24 @@ def draw_dreams(run: Run, decoder: Decoder) -> dict[str, bytes]:
     torch.manual_seed(run.args.seed)
     heldout, n, pictures = play_game(run), run.args.context_frames, {}
     if (play := eventful_window(heldout, n + MAX_OPEN_LOOP)) is not None:
-        dream = dream_of(run.agent, decoder, play, run.args, MAX_OPEN_LOOP)
+        dream = dream_of(run, decoder, play, MAX_OPEN_LOOP)
         title = f"{run.args.env_id}: from 'now' on the dream sees no frame, only actions"
         pictures["dreams/final.png"] = png(film_strip(dream, title))
         pictures["dreams/final.gif"] = film(dream, 200)
     longest = min(int(heldout.lengths.max()), 300 + n)
     if longest > n:
-        dream = dream_of(run.agent, decoder, eventful_window(heldout, longest), run.args, 50)
+        dream = dream_of(run, decoder, eventful_window(heldout, longest), 50)
         pictures["dreams/play.gif"] = film(dream, 67)
     return pictures
 
 
-def draw_curves(run: Run) -> bytes:
-    """Picture of what metrics.jsonl holds."""
-    rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+def draw_curves(run: Run) -> dict[str, bytes]:
+    """Name and content of the picture of what metrics.jsonl holds."""
+    path = run.folder / "metrics.jsonl"  # where only the checkpoint was copied, that has most of it
+    text = path.read_text() if path.exists() else run.saved["metrics"]
+    rows = [json.loads(line) for line in text.splitlines()]
     title = f"{run.args.env_id}, preset {run.args.preset}, seed {run.args.seed}"
-    return png(learning_curves(rows, title))
+    return {"curves.png": png(learning_curves(rows, title))}
 
 
 class Parser(argparse.ArgumentParser):
@@ -431,13 +437,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parser.parse_args(argv)
         run = load_run(options.run_dir, options.device, options.threads)
-        pictures = draw_dreams(run, decoder_of(run)) | {"curves.png": draw_curves(run)}
         (run.folder / "dreams").mkdir(exist_ok=True)
-        for name, content in pictures.items():
-            write_atomically(run.folder / name, content)
-            print(run.folder / name)
+        for draw in (lambda: draw_dreams(run, decoder_of(run)), lambda: draw_curves(run)):
+            for name, content in draw().items():
+                write_atomically(run.folder / name, content)
+                print(run.folder / name)
         return 0
-    except BAD_INPUT as error:
+    except BadInput as error:
         status, text = 2, f"error: {error}"
     except OSError as error:
         status, text = 1, f"failed: {error}"

@@ -120,7 +120,7 @@ class Run:
         content |= dict(agent=self.agent.state_dict(), rng=GENERATOR.get_rng_state())
         with tempfile.TemporaryDirectory() as folder:
             jedi.save_checkpoint(Path(folder), content)
-            saved = jedi.load_checkpoint(Path(folder), ARGS)
+            saved = jedi.load_checkpoint(Path(folder))
         other.agent.load_state_dict(saved["agent"])
         for part, optimizer in other.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][part])
@@ -356,13 +356,13 @@ def run_check(number: int, limit: float, log: Path) -> dict:
         process.wait()
     lines = log.read_text(errors="replace").splitlines() or [""]
     unmet = [line[6:] for line in lines if line.startswith("UNMET ")]
-    tidy = functools.partial(json.loads, parse_float=lambda x: float(f"{float(x):.4g}"))
+    tidy = dict(parse_float=lambda x: float(f"{float(x):.4g}"), parse_constant=str)  # NaN: no JSON
     seen = (line.split(" ", 2)[1:] for line in lines if line.startswith("SEEN "))
     if status != 0:
         ended = f"ended with status {status}: {lines[-1][:300]}"
         unmet.append(f"stopped after {limit:.0f} s" if status is None else ended)
     result = dict(name=CHECKS[number][0].__name__.replace("_", " "), passed=not unmet, unmet=unmet)
-    result["seen"] = {key: tidy(value) for key, value in seen}
+    result["seen"] = {key: json.loads(value, **tidy) for key, value in seen}
     return result | dict(seconds=round(time.monotonic() - begun, 1))
 
 

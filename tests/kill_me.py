@@ -6,7 +6,7 @@ step                        of the environment: in the first play, an epoch, eva
 diffusion, reward, policy   an update
 evaluate                    an action in evaluation
 half                        the middle of a file that is written atomically
-copied                      checkpoint.prev.pt is there, checkpoint.pt not yet replaced
+renamed                     checkpoint.pt has become checkpoint.prev.pt, the new one is not yet in its place
 replaced                    checkpoint.pt is new, nothing has happened since
 log                         metrics.jsonl is open, TensorBoard's old files are gone, the new one is not there yet
 logged                      a row is written: a new one, or when carried on one of the checkpoint's
@@ -46,9 +46,8 @@ def arm(script, place: str, count: int, number: int) -> None:
         wrap(script.Game, "step", visit)
     elif place == "log":
         wrap(importlib.import_module("torch.utils.tensorboard"), "SummaryWriter", visit)
-    elif place == "copied":
-        kept = "checkpoint.prev.pt"
-        wrap(script, "write_atomically", after=lambda p, _: visit() if p.name == kept else None)
+    elif place == "renamed":
+        wrap(Path, "replace", after=lambda old, _: visit() if old.name == "checkpoint.pt" else None)
     elif place == "replaced":
         wrap(script, "save_checkpoint", after=visit)
     elif place == "logged":

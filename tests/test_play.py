@@ -633,8 +633,8 @@ def refused(capsys, *arguments) -> str:
 
 
 def test_a_folder_without_checkpoint(capsys, tmp_path):
-    assert "holds no checkpoint.pt" in refused(capsys, tmp_path)
-    assert "holds no checkpoint.pt" in refused(capsys, tmp_path / "nowhere")
+    assert "checkpoint.pt is missing" in refused(capsys, tmp_path)
+    assert "checkpoint.pt is missing" in refused(capsys, tmp_path / "nowhere")
 
 
 def test_a_run_of_another_game(capsys, run_dir):
@@ -656,12 +656,13 @@ def test_bad_arguments(capsys, arguments, text):
     assert text in refused(capsys, *arguments)
 
 
-def test_a_checkpoint_of_the_other_script(capsys, run_dir, tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes((run_dir / "checkpoint.pt").read_bytes())
-    args = json.loads((run_dir / "args.json").read_text())
-    del args["frame_skip"]
-    (tmp_path / "args.json").write_text(json.dumps({**args, "sticky_prob": 0.25}))
-    assert "was written by jedi_atari.py" in refused(capsys, tmp_path)
+def test_a_run_of_a_script_that_is_not_here(capsys, run_dir, tmp_path):
+    """Only a script beside play.py is imported: not what a checkpoint names, nor the copy in its folder."""
+    (tmp_path / "evil.py").write_text("raise SystemExit('executed')")
+    saved = jedi.load_checkpoint(run_dir)
+    for name in ("evil", str(tmp_path / "evil"), "../evil", "tests/toys", ""):
+        jedi.save_checkpoint(tmp_path, saved | dict(script=name))
+        assert f"made by {name}.py; put that beside play_pictures.py" in refused(capsys, tmp_path)
 
 
 def test_a_host_that_is_not_here(capsys, run_dir):

@@ -54,5 +54,5 @@ def test_quick_start(heading, changes, parameters, tmp_path):
     total = int(re.search(r"^parameters .* all ([\d,]+)", done.stdout, re.M)[1].replace(",", ""))
     assert parameters / 2 < total < parameters * 2
     result = json.loads((run_dir / "result.json").read_text())
-    assert result["env_steps"] == 40 and len(result["returns"]) == 2 and result["git_commit"]
+    assert result["env_steps"] == 40 and len(result["returns"]) == 2
     assert {"checkpoint.pt", "metrics.jsonl"} <= {p.name for p in run_dir.iterdir()}

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ import jedi_atari as jedi
 RESULT_KEYS = (
     "env_id script seed preset env_steps updates environment returns mean_return std_return lengths "
     "measures open_loop_ratio open_loop_ratio_untrained returns_random reward_recall "
-    "wall_seconds peak_memory_bytes device precision versions git_commit args"
+    "wall_seconds peak_memory_bytes device precision versions args"
 ).split()
 
 
@@ -137,7 +138,7 @@ def test_the_result_holds_everything(counted):
     assert result["std_return"] == np.std(result["returns"])
     assert len(result["open_loop_ratio"]) == len(result["open_loop_ratio_untrained"]) == 15
     assert all(math.isfinite(v) and v > 0 for v in result["open_loop_ratio"])
-    assert 10**8 < result["peak_memory_bytes"] < 10**11
+    assert (result["peak_memory_bytes"] is None) == (result["device"] == "cpu")
     assert result["args"] == vars(args) and result["environment"] == "plain"
 
 
@@ -373,19 +374,21 @@ def test_the_command_line_end_to_end(tmp_path):
 
 @pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="wandb is not installed")
 def test_weights_and_biases_offline(tmp_path):
+    """The three lines of docs/metrics.md that send the metrics there; the script knows nothing of it."""
     run_dir = tmp_path / "run"
     words = command_line(MICRO | dict(run_dir=run_dir, total_steps=90, final_epochs=0))
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    lines = re.search(r"```python\n(import wandb.*?)```", page, re.S)[1]
+    assert len(lines.splitlines()) == 3 and '["--env-id", "Pong"]' in lines
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    environment |= dict(WANDB_MODE="offline", HOME=str(tmp_path), PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", lines.replace('["--env-id", "Pong"]', repr(words))]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "jedi_atari.py"), *words, "--track"],
-        env=environment | dict(WANDB_MODE="offline", HOME=str(tmp_path)),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0 and (run_dir / "result.json").exists(), done.stderr
-    assert len(list(run_dir.glob("wandb/offline-run-*/*.wandb"))) == 1
+    (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"diffusion/loss" in record.read_bytes()
     assert_board_is_file(run_dir)
 
 
