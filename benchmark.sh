@@ -180,10 +180,11 @@ check_options() { # what contradicts itself, is not there or cannot be written; 
         die "--shards gives one run to each task; it goes with none of --gpus, --runs-per-gpu and --jobs"
     [[ -z $JOBS || -z $SLURM || ${GPUS##*:} = 0 ]] || die "--slurm --jobs needs --gpus 0; with GPUs use --runs-per-gpu"
     [[ ${GPUS##*:} != 0 || -z $RUNS_PER_GPU ]] || die "--gpus 0 goes with --jobs, not with --runs-per-gpu"
-    for option in "${EXTRA[@]}"; do
-        case ${option%%=*} in
-            --preset | --seed | --env-id | --threads | --run-dir | --resume | --eval-only | --dry-run | --help | -h)
-                die "${option%%=*} after --: this is for benchmark.sh to say; use its own options" ;;
+    for option in "${EXTRA[@]%%=*}"; do
+        case ${option//_/-} in # as tyro reads them
+            --preset | --seed | --env-id | --threads | --run-dir | --eval-only | --help | -h | \
+                --resume | --no-resume | --dry-run | --no-dry-run)
+                die "$option after --: this is for benchmark.sh to say; use its own options" ;;
         esac
     done
     [[ $SCRIPT = */* || -f $SCRIPT ]] || SCRIPT=$HERE/$SCRIPT
@@ -389,9 +390,21 @@ find_devices() { # DEVICES: the GPUs to use; SLOTS: the device of each of the ru
     fi
 }
 
+usable_cores() { # usable_cores CGROUP: those of this machine, or fewer where a container has a limit
+    local cores quota='' period='' # microseconds in each period; max or -1: no limit
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    if [[ -r $1/cpu.max ]]; then
+        read -r quota period <"$1/cpu.max"
+    elif [[ -r $1/cpu/cpu.cfs_quota_us ]]; then # cgroup version 1
+        quota=$(<"$1/cpu/cpu.cfs_quota_us") period=$(<"$1/cpu/cpu.cfs_period_us")
+    fi
+    [[ $quota =~ ^[1-9][0-9]*$ ]] && quota=$(((quota + period - 1) / period)) || quota=$cores
+    echo $((quota < cores ? quota : cores))
+}
+
 find_threads() { # THREADS of a run, so that the runs of this machine share its cores
     local cores
-    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    cores=$(usable_cores /sys/fs/cgroup)
     [[ -n $THREADS ]] || THREADS=$((cores / ${#SLOTS[@]} > 0 ? cores / ${#SLOTS[@]} : 1))
 }
 
@@ -627,7 +640,8 @@ submit() {
         rm -r "$folder"
         fail "sbatch refused the job array; nothing was submitted"
     fi
-    echo "submitted job array ${job%%;*}: ${#TASKS[@]} tasks, named $name; ./benchmark.sh --status shows the runs"
+    echo "submitted job array ${job%%;*}: ${#TASKS[@]} tasks, named $name; the runs are shown by:" \
+        "$(printf '%q ' "$HERE/benchmark.sh" --out "$OUT" --status)"
 }
 
 read_task() { # RUNS of this task of the job array

@@ -38,7 +38,6 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -271,7 +270,7 @@ def run(game: str, base: str, name: str, arguments: dict) -> dict:
         "return": result["mean_return"] if game == "Catch" else None,
         **found,
         "seconds": time.monotonic() - begun,
-        "git_commit": result["git_commit"],
+        "git_commit": common.git_commit(),
         "device": result["device"],
         "updates": result["updates"],
         "arguments": dataclasses.asdict(args),
@@ -352,7 +351,7 @@ def position(
 def run_to_file(path: Path, *one) -> str:
     """One run, kept in `path`; returns what to say of it."""
     found = run(*one)
-    jedi.write_atomically(path, found)
+    jedi.write_atomically(path, common.finite(found))
     return f"{found['game']}, {found['variant']}, seed {found['seed']}: {common.clock(found['seconds'])}"
 
 
@@ -477,7 +476,7 @@ def main(argv: list[str] | None = None) -> int:
     out = options.out / options.base
     out.mkdir(parents=True, exist_ok=True)
     names = [name for name in options.only if VARIANTS[name].arguments != BASES[options.base]]
-    threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
+    threads = options.threads or max(1, jedi.usable_cores() // options.jobs)
     todo = []
     for seed, game, name in itertools.product(options.seeds, options.games, names):
         arguments = arguments_of(game, options.base, name, seed, threads)
@@ -489,7 +488,8 @@ def main(argv: list[str] | None = None) -> int:
     print(text)
     if measured:
         jedi.write_atomically(out / "ablations.md", (text + "\n").encode())
-        draw(out, out / "ablations.png")
+        with common.drawing():
+            draw(out, out / "ablations.png")
     return 0
 
 

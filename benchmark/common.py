@@ -3,13 +3,18 @@
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
+import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook's may not be here
 
 # Over the preset `small`: an encoder half as wide, which learns faster. For measurements of a few minutes.
 NARROW = dict(encoder_width=8, learning_rate=1e-3, encoder_lr_scale=0.03, max_episode_steps=1_200)
@@ -40,13 +45,34 @@ def clock(seconds: float) -> str:
     return f"{hours // 24} d {hours % 24:02d}:{m:02d}:{s:02d}"
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device on a GPU, of the process on a CPU (Linux only)."""
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: of the device on a GPU, of the process on a CPU; None where that is not known (not Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    # Not getrusage, which counts a parent in.
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status)[1])
+    with contextlib.suppress(OSError):  # not getrusage, which counts a parent in
+        found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+        return found and 1024 * int(found[1])
+    return None
+
+
+def gib(count: int | None) -> str:
+    """Bytes -> `1.25 GiB`."""
+    return "-" if count is None else f"{count / 2**30:.2f} GiB"
+
+
+def finite(content: dict) -> dict:
+    """A copy with None for NaN and infinities, which are no JSON: a measure over nothing."""
+    return json.loads(json.dumps(content), parse_constant=lambda _: None)
+
+
+@contextlib.contextmanager
+def drawing():
+    """What fails within is a picture: said in one line, it costs no result."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())
+        print(f"no picture: {type(error).__name__}: {text}", file=sys.stderr)
 
 
 def synchronize(device: torch.device) -> None:

@@ -14,6 +14,7 @@ improvement.png, and health.md: the state of latents and world model at each eva
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
+import report
 
 import jedi_atari as jedi
 
@@ -71,11 +73,18 @@ def improved(trained: list[float], chance: list[float]) -> bool:
 
 
 def read_runs(folder: Path) -> list[tuple[Path, dict]]:
-    """Every finished run below a folder. Raises `BadInput` if there is none."""
-    paths = sorted(folder.rglob("result.json"))
-    if not paths:
-        raise jedi.BadInput(f"{folder} holds no result.json; give a folder of finished runs")
-    return [(path.parent, json.loads(path.read_text())) for path in paths]
+    """Every finished run below a folder; what is none is left out by name. Raises `BadInput` if there is none."""
+    runs, left_out = [], []
+    for path in sorted(folder.rglob("result.json")):
+        try:
+            runs.append((path.parent, report.read_result(path)))
+        except report.BadInput as error:
+            left_out.append(f"left out: {error}")
+    if not runs:
+        reason = left_out[0] if left_out else "give a folder of finished runs"
+        raise jedi.BadInput(f"{folder} holds no result.json of a run; {reason}")
+    print("".join(f"{line}\n" for line in left_out), end="", file=sys.stderr)
+    return runs
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -86,14 +95,16 @@ def read_metrics(folder: Path) -> list[dict]:
 def read_random(folder: Path, result: dict) -> dict:
     """Random play of a run's game, cut at the same length: the run's own, or for older runs that
     have none a file's. Raises `BadInput` that says how to make it."""
-    if "returns_random" in result:
+    if result.get("returns_random"):
         return {"returns": result["returns_random"]}
     _, name = jedi.resolve_env_id(result["env_id"])
     path = folder / f"{name}.json"
-    command = f"python benchmark/improvement.py --random {name} --preset {result['preset']} --out {folder}"
-    if not path.is_file():
-        raise jedi.BadInput(f"{path} is missing; make it with: {command}")
-    chance = json.loads(path.read_text())
+    command = f"python benchmark/improvement.py --random {name} --preset {result['preset']}"
+    command += f" --out {shlex.quote(str(folder))}"
+    try:
+        chance = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise jedi.BadInput(f"{path} is missing or no JSON; make it with: {command}") from None
     if chance["max_episode_steps"] != result["args"]["max_episode_steps"]:
         raise jedi.BadInput(
             f"{path} cuts games at another length than the runs; make it anew with: {command}"
@@ -123,7 +134,7 @@ def table(runs: list[tuple[Path, dict]], chance: list[dict]) -> str:
         ["---", "---:", "---:", "---:", "---:", "---", "---:", "---:", "---:", "---:"],
     ]
     for (_, result), random in zip(runs, chance, strict=True):
-        recall = result["reward_recall"]
+        recall = result.get("reward_recall")
         rows.append(
             [
                 result["env_id"],
@@ -135,7 +146,7 @@ def table(runs: list[tuple[Path, dict]], chance: list[dict]) -> str:
                 f"{result['env_steps']:,}",
                 "no data" if recall is None else f"{recall:.0%}",
                 common.clock(result["wall_seconds"]),
-                f"{result['peak_memory_bytes'] / 2**30:.2f} GiB",
+                common.gib(result["peak_memory_bytes"]),
             ]
         )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
@@ -177,7 +188,7 @@ def health_table(runs: list[tuple[Path, dict]]) -> str:
             }.get(id(line), {})
             line = {f"charts/{name}_updates": count for name, count in known.items()} | line
             cells = [
-                ", ".join(format(line[k], form) if k in line else "no data" for k in keys)
+                ", ".join("no data" if line.get(k) is None else format(line[k], form) for k in keys)
                 for _, keys, form in HEALTH
             ]
             rows.append([result["env_id"], str(result["seed"]), *cells])
@@ -270,7 +281,7 @@ def play(options: argparse.Namespace) -> None:
             env_id=name, preset=options.preset, seed=options.seed
         )
         result = random_play(jedi.Args(**settings), options.episodes)
-        jedi.write_atomically(options.out / f"{name}.json", result)
+        jedi.write_atomically(options.out / f"{name}.json", common.finite(result))
         print(f"{name}: {with_interval(result['returns'])} over {options.episodes} games")
 
 
@@ -282,7 +293,8 @@ def compare(options: argparse.Namespace) -> None:
     print(text, end="")
     jedi.write_atomically(options.runs / "improvement.md", text.encode())
     jedi.write_atomically(options.runs / "health.md", health_table(runs).encode())
-    draw(runs, chance, options.runs / "improvement.png")
+    with common.drawing():
+        draw(runs, chance, options.runs / "improvement.png")
 
 
 def main(argv: list[str] | None = None) -> int:

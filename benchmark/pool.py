@@ -31,11 +31,9 @@ def read_result(folder: Path, game: str, seed: int) -> tuple[str, ...]:
         return "broken", "is half written"
     if not isinstance(result, dict):
         return "broken", "is not a run's result"
-    numbers = [
-        result.get("mean_return"),
-        result.get("wall_seconds"),
-        *(result.get("returns") or [None]),
-    ]
+    returns = result.get("returns")
+    numbers = returns if isinstance(returns, list) and returns else [None]
+    numbers = [result.get("mean_return"), result.get("wall_seconds"), *numbers]
     if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
         return "broken", "lacks returns, mean_return or wall_seconds"
     if (result.get("env_id"), result.get("seed")) != (game, seed):

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook's may not be here
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 GAMES: dict[str, dict] = PUBLISHED["games"]
 AGENT_OPTIMAL: list[str] = PUBLISHED["agent_optimal"]["games"]
@@ -53,8 +54,8 @@ README_MARKERS = ("<!-- results:begin -->", "<!-- results:end -->")
 
 # Arguments of a run that change how or where it is computed, or which game is played, but not the method.
 NOT_SETTINGS = set(
-    "env_id seed threads device precision compile cuda_graphs run_dir resume eval_only dry_run track".split()
-    + "checkpoint_every keep_replay".split()  # of older runs
+    "env_id seed threads device precision compile cuda_graphs run_dir resume eval_only dry_run".split()
+    + "checkpoint_every keep_replay track".split()  # of older runs
 )
 TABLES = (
     "scores",
@@ -202,7 +203,7 @@ REQUIRED: tuple[tuple[str, Callable, str], ...] = (
     ("returns", are_returns, "a list of finite numbers, one per game"),
     ("mean_return", is_number, "a finite number"),
     ("wall_seconds", is_number, "a number"),
-    ("peak_memory_bytes", is_number, "a number"),
+    ("peak_memory_bytes", lambda value: value is None or is_number(value), "a number or null"),
     ("args", lambda value: isinstance(value, dict), "the arguments of the run"),
 )
 
@@ -251,7 +252,9 @@ def short(value) -> str:
 
 
 def read_curve(path: Path, result: dict) -> list[tuple[float, float]]:
-    """Evaluations in metrics.jsonl, then the final one; empty where the run folder keeps no metrics.jsonl."""
+    """Evaluations in metrics.jsonl, then the final one; empty where the run folder keeps no metrics.jsonl.
+
+    Raises `BadInput` that names what is wrong with it."""
     if not path.exists():
         return []
     curve, steps = [], 0.0
@@ -268,23 +271,31 @@ def read_curve(path: Path, result: dict) -> list[tuple[float, float]]:
     return [*curve, (float(result["env_steps"]), result["mean_return"])]
 
 
-def find_runs(folder: Path) -> tuple[list[Run], list[Path]]:
-    """All runs below a folder, and the run folders without a result: those are unfinished."""
+def find_runs(folder: Path) -> tuple[list[Run], dict[Path, str]]:
+    """All runs below a folder, and the run folders that are left out, with the reason."""
     if not folder.is_dir():
         raise BadInput(
             f"{folder} is not a folder; give one that holds run folders with a result.json"
         )
-    runs = []
-    for path in sorted(folder.rglob("result.json")):
-        result = read_result(path)
-        curve = read_curve(path.with_name("metrics.jsonl"), result)
-        runs.append(Run(path, folder, game_name(result["env_id"], path), result, curve))
-    unfinished = [
-        p.parent
-        for p in sorted(folder.rglob("args.json"))
-        if not p.with_name("result.json").exists()
-    ]
-    return runs, unfinished
+    runs, left_out = [], {}
+    for path in sorted(folder.rglob("*.json*")):
+        if path.name in ("args.json", "metrics.jsonl"):
+            if not path.with_name("result.json").exists():
+                left_out[path.parent] = f"{path.parent} has no result.json; finish it with --resume"
+        elif path.name == "result.json":
+            try:
+                result = read_result(path)
+                game = game_name(result["env_id"], path)
+            except (BadInput, OSError) as error:
+                left_out[path.parent] = str(error)
+                continue
+            metrics, curve = path.with_name("metrics.jsonl"), []
+            try:
+                curve = read_curve(metrics, result)
+            except BadInput as error:  # the score is good without
+                left_out[metrics] = str(error)
+            runs.append(Run(path, folder, game, result, curve))
+    return runs, left_out
 
 
 def check_same_settings(runs: list[Run]) -> None:
@@ -367,25 +378,27 @@ def parse_folder(text: str) -> tuple[str, Path]:
     return name, Path(folder)
 
 
-def load_groups(arguments: list[str]) -> tuple[dict[str, list[Run]], list[Path]]:
-    """All runs of all folders given, by agent; and what is unfinished."""
+def load_groups(arguments: list[str]) -> tuple[dict[str, list[Run]], dict[Path, str]]:
+    """All runs of all folders given, by agent; and what is left out."""
     groups: dict[str, list[Run]] = {}
-    unfinished: list[Path] = []
+    left_out: dict[Path, str] = {}
     for argument in arguments:
         name, folder = parse_folder(argument)
-        runs, open_runs = find_runs(folder)
-        unfinished += open_runs
+        runs, without = find_runs(folder)
+        left_out |= without
         if not runs:
-            raise BadInput(
-                f"no result.json below {folder}: nothing to report ({len(open_runs)} unfinished runs)"
-            )
+            reason = next(iter(without.values()), "it holds no result.json")
+            more = f" (and {len(without) - 1} more)" if len(without) > 1 else ""
+            raise BadInput(f"nothing to report below {folder}: {reason}{more}")
         for label, group in group_runs(name, runs).items():
             if label in groups or label in PUBLISHED["agents"]:
                 raise BadInput(
                     f"two agents would be called {label!r}; name the folders: NAME1=FOLDER1 NAME2=FOLDER2"
                 )
             groups[label] = group
-    return groups, unfinished
+    for reason in left_out.values():
+        print(f"left out: {reason}", file=sys.stderr)
+    return groups, left_out
 
 
 # ======================================================================================================================
@@ -593,7 +606,7 @@ def run_records(groups: dict[str, list[Run]]) -> list[dict]:
             "episodes": len(run.result["returns"]),
             "env_steps": run.result["env_steps"],
             "hours": run.result["wall_seconds"] / 3600,
-            "peak_memory_gib": run.result["peak_memory_bytes"] / 2**30,
+            "peak_memory_gib": memory and memory / 2**30,
             "device": run.result.get("device"),
             "precision": run.result.get("precision"),
             "preset": run.result.get("preset"),
@@ -603,6 +616,7 @@ def run_records(groups: dict[str, list[Run]]) -> list[dict]:
         }
         for label, runs in groups.items()
         for run in sorted(runs, key=lambda r: (r.game, r.result["seed"]))
+        for memory in [run.result["peak_memory_bytes"]]
     ]
 
 
@@ -885,7 +899,7 @@ def action_sets_markdown(records: list[dict], agents: list[Agent]) -> str:
     return f"### Scores by the size of the action set\n\n{text}\n{markdown(header, rows)}"
 
 
-def runs_markdown(records: list[dict], unfinished: list[Path]) -> str:
+def runs_markdown(records: list[dict], left_out: dict[Path, str]) -> str:
     rows = [
         [
             r["agent"],
@@ -917,9 +931,9 @@ def runs_markdown(records: list[dict], unfinished: list[Path]) -> str:
     ]
     header += ["Precision", "Preset", "Commit", "PyTorch"]
     text = f"{len(records)} runs. Memory: the peak of the GPU's where there is one, else of the process.\n"
-    if unfinished:
-        names = ", ".join("/".join(path.parts[-2:]) for path in unfinished)
-        text += f"\n{len(unfinished)} unfinished, left out: {names}.\n"
+    if left_out:
+        names = ", ".join("/".join(path.parts[-2:]) for path in left_out)
+        text += f"\n{len(left_out)} unfinished or unfit, left out: {names}.\n"
     return f"### Time and memory\n\n{text}\n{markdown(header, rows)}"
 
 
@@ -991,13 +1005,6 @@ HUMAN_OPTIMAL_COLOUR, AGENT_OPTIMAL_COLOUR = "#0072B2", "#E69F00"
 
 def import_pyplot():
     """matplotlib for files only, with the same bytes for the same numbers."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise BadInput(
-            f"cannot import matplotlib ({error}); pip install -r benchmark/requirements.txt"
-        ) from None
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(
@@ -1347,10 +1354,9 @@ def picture(name: str, text: str) -> str:
 
 
 def write_report(
-    folder: Path, groups: dict[str, list[Run]], unfinished: list[Path], reps: int, seed: int
+    folder: Path, groups: dict[str, list[Run]], left_out: dict[Path, str], reps: int, seed: int
 ) -> None:
-    """All tables and pictures into an empty folder."""
-    plt = import_pyplot()
+    """All tables into an empty folder, then the pictures: one that fails is said in one line, and costs no number."""
     agents = published_agents() + measured_agents(groups)
     aggregates, scores, actions = (
         all_aggregates(agents, reps, seed),
@@ -1392,25 +1398,28 @@ def write_report(
     parts += [picture("asymmetry", "mean on Agent-Optimal and Human-Optimal games")]
     parts += [write_table(folder, "action_sets", action_sets_markdown(actions, agents), actions)]
     parts += [picture("action_sets", "scores by the size of the action set")]
-    draw_games(plt, agents, folder)
-    draw_aggregates(plt, agents, aggregates, folder)
-    draw_asymmetry(plt, agents, asymmetries, folder)
-    draw_action_sets(plt, agents, folder)
-    draw_profiles(plt, agents, reps, seed, folder)
+    pictures = [(draw_games, agents), (draw_aggregates, agents, aggregates)]
+    pictures += [(draw_asymmetry, agents, asymmetries), (draw_action_sets, agents)]
+    pictures += [(draw_profiles, agents, reps, seed)]
     if groups:
         records, curves = run_records(groups), curve_records(groups)
         parts += [
             "## Runs\n",
-            write_table(folder, "runs", runs_markdown(records, unfinished), records),
+            write_table(folder, "runs", runs_markdown(records, left_out), records),
         ]
         if curves:
-            draw_learning_curves(plt, groups, folder)
+            pictures += [(draw_learning_curves, groups)]
             text = f"### Learning curves\n\n{picture('learning_curves', 'evaluations during training')}"
             text += (
                 f"\n{len(curves)} evaluations, in learning_curves.csv and learning_curves.json.\n"
             )
             parts.append(write_table(folder, "learning_curves", text, curves))
     (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    for draw, *given in pictures:
+        try:
+            draw(import_pyplot(), *given, folder)
+        except Exception as error:
+            print(f"no picture by {draw.__name__}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def check_out(out: Path) -> None:
@@ -1429,7 +1438,7 @@ def check_out(out: Path) -> None:
 
 
 def make_report(
-    out: Path, groups: dict[str, list[Run]], unfinished: list[Path], reps: int, seed: int
+    out: Path, groups: dict[str, list[Run]], left_out: dict[Path, str], reps: int, seed: int
 ) -> None:
     """Write into a folder beside `out`, then put it in its place: `out` is never half a report."""
     out = out.resolve()
@@ -1439,7 +1448,7 @@ def make_report(
     )
     fresh.mkdir(parents=True)
     try:
-        write_report(fresh, groups, unfinished, reps, seed)
+        write_report(fresh, groups, left_out, reps, seed)
         if out.exists():
             out.rename(old)
         fresh.rename(out)
@@ -1508,13 +1517,8 @@ def report(argv: list[str] | None) -> None:
         print_readme_table(args.results)
         return
     check_out(args.out)
-    groups, unfinished = load_groups(args.results)
-    for path in unfinished:
-        print(
-            f"left out, unfinished: {path} (no result.json; carry it on with --resume)",
-            file=sys.stderr,
-        )
-    make_report(args.out, groups, unfinished, args.reps, args.seed)
+    groups, left_out = load_groups(args.results)
+    make_report(args.out, groups, left_out, args.reps, args.seed)
     print(f"{args.out}/report.md")
 
 

@@ -26,8 +26,9 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import os
+import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -337,7 +338,7 @@ def at_once(episodes: int) -> int:
 
 def memory_of(
     name: str, args: jedi.Args, sample_batch: int, device: torch.device, bf16: bool
-) -> int:
+) -> int | None:
     """Peak bytes of one side that samples and makes each update, in this process."""
     replay = make_replay(args, device)
     side = MAKE[name](args, replay, sample_batch)
@@ -348,7 +349,7 @@ def memory_of(
     return common.peak_memory(device)
 
 
-def memory_in_child(name: str, options: argparse.Namespace) -> int:
+def memory_in_child(name: str, options: argparse.Namespace) -> int | None:
     """`memory_of` in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", name]
     for option in "device precision env_id threads batch_size".split():
@@ -360,7 +361,7 @@ def memory_in_child(name: str, options: argparse.Namespace) -> int:
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1]
         raise ChildProcessError(f"measuring the memory of {name} failed: {reason}")
-    return int(done.stdout.split()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def projected_hours(args: jedi.Args, timing: dict[str, Timing], environment: dict) -> dict:
@@ -422,7 +423,7 @@ def measure(options: argparse.Namespace, args: jedi.Args, device: torch.device, 
             "sample": by_side["pixel"]["sample"].median / by_side["jedi"]["sample"].median,
             "imagine": by_side["pixel"]["imagine"].median / by_side["jedi"]["imagine"].median,
             "updates": updates["pixel"] / updates["jedi"],
-            "memory": memory["jedi"] / memory["pixel"],
+            "memory": memory["jedi"] / memory["pixel"] if all(memory.values()) else None,
         },
         "matrix_rate_share": shares["jedi"],
         "projected_hours": sum(hours["jedi"].values()),
@@ -434,7 +435,7 @@ def measure(options: argparse.Namespace, args: jedi.Args, device: torch.device, 
 def describe_run(args: jedi.Args, device: torch.device, bf16: bool, count: int) -> dict:
     """Where and how something was measured."""
     return {
-        "command": " ".join(["python benchmark/speed.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmark/speed.py", *sys.argv[1:]]),
         "git_commit": common.git_commit(),
         "device": describe(device),
         "versions": common.versions(),
@@ -450,11 +451,12 @@ def describe(device: torch.device) -> str:
     """The GPU's or the processor's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
-    return platform.processor() or platform.machine()
+                name = line.partition(":")[2].strip()
+    return f"{name}, {jedi.usable_cores()} cores"
 
 
 # --- other questions: where the time goes, what grows, what each optimisation brings
@@ -722,8 +724,8 @@ def table(result: dict) -> str:
         ["the three updates", *three, f"{ratios['updates']:.1f} times faster"],
         [
             "peak memory",
-            *(f"{memory[name] / 2**30:.2f} GiB" for name in SIDES),
-            f"at {ratios['memory']:.0%} of its",
+            *(common.gib(memory[name]) for name in SIDES),
+            "-" if ratios["memory"] is None else f"at {ratios['memory']:.0%} of its",
         ],
         [
             "FLOP of a sample",
@@ -762,7 +764,7 @@ def main(argv: list[str] | None = None) -> int:
         args, device, bf16 = settings(options)
         if options.memory_of:
             sizes = update_args(args, options.quick)
-            print(memory_of(options.memory_of, sizes, args.batch_size, device, bf16))
+            print(json.dumps(memory_of(options.memory_of, sizes, args.batch_size, device, bf16)))
             return 0
         question, make_table = measure, table
         if options.profile:
@@ -772,6 +774,8 @@ def main(argv: list[str] | None = None) -> int:
         elif options.leave_one_out:
             question, make_table = leave_one_out, leave_one_out_table
         result = question(options, args, device, bf16)
+        if options.json:
+            jedi.write_atomically(options.json, common.finite(result))
         text = make_table(result)
         show(result, text)
         if options.profile:
@@ -779,8 +783,6 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 f"\ntraces for chrome://tracing or ui.perfetto.dev: {options.profile}/<update>.json"
             )
-        if options.json:
-            jedi.write_atomically(options.json, result)
     except jedi.BadInput as error:
         print(f"speed.py: error: {error}", file=sys.stderr)
         return 2

@@ -147,7 +147,7 @@ def spread(agent: jedi.Agent, moments: list[Situation], args: jedi.Args) -> dict
         "spread_true": true,
         "spread_ratio": total_model / total_true if random_game else None,
         "spread_rank_correlation": float(spearmanr(model, true).statistic) if random_game else None,
-        "spread_share_of_change": total_model / math.sqrt(np.mean(change)),
+        "spread_share_of_change": total_model / math.sqrt(np.mean(change)) if any(change) else None,
     }
 
 
@@ -216,9 +216,6 @@ def table(rows: list[dict]) -> str:
 
 def picture(rows: list[dict], path: Path) -> None:
     """The model's spread against the true one, moment by moment, for four settings of each game."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     games = sorted({row["game"] for row in rows})
@@ -253,8 +250,9 @@ def picture(rows: list[dict], path: Path) -> None:
 def write_up(rows: list[dict], out: Path) -> None:
     """Table and picture."""
     (out / "stochasticity.md").write_text(table(rows))
-    picture(rows, out / "stochasticity.png")
     print(table(rows))
+    with common.drawing():
+        picture(rows, out / "stochasticity.png")
 
 
 def main() -> None:
@@ -293,8 +291,9 @@ def main() -> None:
         "commit": common.git_commit(),
         "versions": common.versions(),
     }
-    jedi.write_atomically(options.out / "stochasticity.json", {**about, "rows": rows})
-    write_up(rows, options.out)
+    found = common.finite({**about, "rows": rows})
+    jedi.write_atomically(options.out / "stochasticity.json", found)
+    write_up(found["rows"], options.out)
 
 
 if __name__ == "__main__":

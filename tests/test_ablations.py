@@ -1,6 +1,9 @@
 """benchmark/ablations.py: each variant changes what it says, only within, and the table is of what was measured."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 
 import cv2
@@ -11,6 +14,7 @@ from conftest import ROOT, own_update, random_agent, random_windows, replace
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 import ablations
+import stochasticity
 
 import jedi_atari as jedi
 import play_pictures
@@ -156,6 +160,54 @@ def test_a_run_and_its_table(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         ablations.main(["--jobs", "0", "--out", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
+
+
+def test_a_measure_over_nothing_is_null(tmp_path, monkeypatch):
+    found = {"game": "Catch", "variant": "no clamp", "seed": 3, "seconds": 1, "return": None}
+    found |= {"reward": dict.fromkeys((0, 1, 3, 5)), "end": {0: 0.5, 3: None}, "std": 0.5}
+    found |= {"pixels": {1: float("nan"), 3: float("inf")}, "false_alarms": None, "rank": None}
+    monkeypatch.setattr(ablations, "run", lambda *_: found)
+    monkeypatch.setattr(ablations, "draw", lambda *_: [][0])
+    assert ablations.main([*COMMAND, "no clamp", "--out", str(tmp_path)]) == 0
+    out = tmp_path / "centred"
+    text = (out / "Catch__no_clamp__3.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["pixels"] == {"1": None, "3": None}
+    table = "| variant | seeds | end 0 | std |\n|---|---|---|---|\n| no clamp | 1 | 0.50 | 0.50 |\n"
+    assert (out / "ablations.md").read_text().endswith(table)
+
+
+def test_a_game_that_stands_still_has_a_spread(monkeypatch):
+    args = stochasticity.jedi.Args(**ablations.COMMON | dict(sample_steps=1))
+    agent = stochasticity.jedi.Agent(3, args)
+    monkeypatch.setattr(stochasticity, "DEVICE", torch.device("cpu"))
+    frames = torch.zeros(args.context_frames, 64, 64, 3, dtype=torch.uint8)
+    moment = stochasticity.Situation(frames, frames[:, 0, 0, 0].long(), frames[:2])
+    found = stochasticity.spread(agent, [moment], args)
+    assert found["spread_ratio"] is None and found["spread_share_of_change"] is None
+
+
+@pytest.mark.parametrize("script", ["ablations --table", "stochasticity --redraw"])
+def test_a_notebooks_backend_costs_no_table(script, tmp_path):
+    name, option = script.split()
+    shutil.copytree(ROOT / "results" / name, tmp_path / name)
+    for path in [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.md")]:
+        path.unlink()
+    command = [sys.executable, str(ROOT / f"benchmark/{name}.py"), option]
+    env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / name)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert list(tmp_path.rglob(f"{name}.png")) and list(tmp_path.rglob(f"{name}.md"))
+
+
+def test_jobs_share_out_the_cores_that_may_be_used(tmp_path, monkeypatch):
+    threads = []
+    monkeypatch.setattr(jedi, "usable_cores", lambda: 7)
+    monkeypatch.setattr(
+        ablations, "run_all", lambda todo, jobs: threads.append(todo[0][-1]["threads"])
+    )
+    assert ablations.main(["--jobs", "2", "--out", str(tmp_path)]) == 0 and threads == [3]
 
 
 @pytest.mark.slow

@@ -20,6 +20,8 @@ import torch
 from conftest import MICRO, ROOT, command_line
 from test_environment import ACTIONS
 
+import jedi_atari as jedi
+
 BENCHMARK, TESTS = ROOT / "benchmark.sh", ROOT / "tests"
 # A whole run, with all its parts, in less than the time that importing PyTorch takes.
 SMALL = {**MICRO, "total_steps": 60, "first_steps_min": 40, "first_steps_max": 40, "final_episodes": 1,
@@ -295,6 +297,12 @@ BAD = [
     ("--out /proc/x", "--out: /proc/x cannot be"),
     ("--games Pong -- --seed 3", "--seed after --"),
     ("--games Pong -- --run-dir=x", "--run-dir after --"),
+    ("--games Pong -- --run_dir x", "--run_dir after --"),
+    ("--games Pong -- --env_id=x", "--env_id after --"),
+    ("--games Pong -- --eval_only x", "--eval_only after --"),
+    ("--games Pong -- --dry_run", "--dry_run after --"),
+    ("--games Pong -- --no-resume", "--no-resume after --"),
+    ("--games Pong -- --no_dry_run", "--no_dry_run after --"),
 ]
 
 
@@ -428,13 +436,33 @@ def test_each_gpu_has_its_runs(here):
 
 
 def test_threads_are_shared_out(here):
-    cores = len(os.sched_getaffinity(0))
+    cores = jedi.usable_cores()
     benchmark("--games Pong --seeds 0 --out o --jobs 2")
     benchmark("--games Pong --seeds 1 --out o --jobs 2 --threads 3")
     assert f"--threads {max(1, cores // 2)} " in log(here / "o", "Pong/seed0")
     assert "--threads 3 " in log(here / "o", "Pong/seed1") and "ready  3" in log(
         here / "o", "Pong/seed1"
     )
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "250000 100000"}, 3),
+        ({"cpu.max": "1600000 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "50000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+    ],
+)
+def test_a_containers_cores_are_those_of_its_limit(files, cores, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    function = re.search(r"^usable_cores\(\) .*?^}", BENCHMARK.read_text(), re.M | re.S)[0]
+    script = f"set -euo pipefail; nproc() {{ echo 8; }}; {function}; usable_cores {tmp_path}"
+    assert int(ask("bash", "-c", script)) == cores
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
@@ -527,6 +555,7 @@ def test_runs_of_a_killed_pool_are_left_alone(here):
         (lambda text: text[: len(text) // 2], "is half written"),
         (lambda text: "", "is half written"),
         (lambda text: "[]", "is not a run's result"),
+        (lambda text: '{"returns": 5}', "lacks returns, mean_return or wall_seconds"),
         (lambda text: text.replace("7.5", "NaN"), "lacks returns, mean_return or wall_seconds"),
         (lambda text: text.replace('"seed": 0', '"seed": 1'), "is of another run, Pong seed 1"),
     ],
@@ -561,6 +590,14 @@ def test_odd_names_of_folders(here):
     out = "a b%A 'c"
     assert benchmark(f"--games Pong --seeds 0 --out {shlex.quote(out)}").returncode == 0
     assert (here / out / "Pong/seed0/result.json").exists()
+    (here / "bin").mkdir()
+    for name, says in (("sbatch", "5"), ("squeue", "")):
+        (here / "bin" / name).write_text(f"#!/bin/sh\necho {says}\n")
+        (here / "bin" / name).chmod(0o755)
+    path = f"{here / 'bin'}:{os.environ['PATH']}"
+    done = benchmark(f"--slurm --games Pong --seeds 1 --out {shlex.quote(out)}", PATH=path)
+    shown = shlex.split(done.stdout.partition("shown by: ")[2])  # a command that can be pasted
+    assert shown == [str(BENCHMARK), "--out", str(here / out), "--status"], done
 
 
 # --- SLURM, a real one

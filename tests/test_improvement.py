@@ -1,7 +1,9 @@
 """`benchmark/improvement.py`: intervals against closed forms, random play of the real game, table and picture."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import cv2
@@ -98,12 +100,39 @@ def test_table_and_picture_of_a_real_run(runs, capsys):
     assert rows[-1].endswith(", ".join(shown) + " |" if len(shown) == 4 else "no data |")
 
 
+def test_nothing_that_is_missing_costs_the_table(runs, tmp_path):
+    """A notebook's backend of matplotlib, a measure that is null, a result of something else."""
+    shutil.copytree(runs / "runs/Krull/seed3", tmp_path / "run")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    nothing = dict.fromkeys(("peak_memory_bytes", "reward_recall", "open_loop_ratio"))
+    jedi.write_atomically(tmp_path / "run/result.json", result | nothing)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/result.json").write_text('{"half": ')
+    command = [sys.executable, str(ROOT / "benchmark/improvement.py"), str(tmp_path)]
+    env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"left out: {tmp_path}/other/result.json is cut off")
+    assert done.stdout.splitlines()[2].endswith(" | - |") and "| no data |" in done.stdout
+    assert cv2.imread(str(tmp_path / "improvement.png")).std() > 10
+
+
+def test_a_picture_that_fails_is_said_in_one_line(runs, monkeypatch, capsys):
+    monkeypatch.setattr(improvement, "draw", lambda *_: [][0])
+    assert improvement.main([str(runs / "runs")]) == 0
+    assert capsys.readouterr().err == "no picture: IndexError: list index out of range\n"
+
+
 def test_bad_input_is_one_line(runs, tmp_path, capsys):
     random = json.loads((runs / "random/Krull.json").read_text())
     jedi.write_atomically(tmp_path / "Krull.json", random | {"max_episode_steps": 17})
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half/result.json").write_text("{")
     for argv, words in (
         ([], "give a folder of runs"),
-        ([str(tmp_path)], "holds no result.json"),
+        ([str(tmp_path / "no")], "holds no result.json"),
+        ([str(tmp_path / "half")], "half/result.json is cut off"),
+        ([str(runs / "old"), "--random-play", "a b'c"], """ --out 'a b'"'"'c'"""),
         ([str(runs / "old"), "--random-play", str(tmp_path / "no")], "--random Krull"),
         ([str(runs / "old"), "--random-play", str(tmp_path)], "another length"),
         (["--random", "Kurll", "--out", str(tmp_path / "new")], "Did you mean: `Krull`"),

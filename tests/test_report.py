@@ -6,7 +6,9 @@ What needs rliable or matplotlib (benchmark/requirements.txt) is skipped where t
 import csv
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -554,7 +556,7 @@ def test_real_run_folder_is_understood(tmp_path, request):
     agent = report.measured_agents(report.group_runs("", runs))[0]
     assert agent.name == "jedi_atari" and agent.scores["Freeway"] == [np.mean(trained["returns"])]
     settings, known = runs[0].settings, {field.name for field in jedi.dataclasses.fields(args)}
-    older = {"checkpoint_every", "keep_replay"}
+    older = {"checkpoint_every", "keep_replay", "track"}
     assert known == report.NOT_SETTINGS - older | set(settings)
 
 
@@ -609,7 +611,6 @@ def refused(arguments: list[str], capsys, *words: str) -> None:
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_results_are_named_and_nothing_is_written(name, tmp_path, capsys):
     change, message = BROKEN[name]
-    write_run(tmp_path / "runs", "Boxing", 0)
     path = write_run(tmp_path / "runs", "Pong", 0) / "result.json"
     path.write_text(change(path.read_text()))
     (tmp_path / "out").mkdir()
@@ -619,16 +620,70 @@ def test_broken_results_are_named_and_nothing_is_written(name, tmp_path, capsys)
         [str(tmp_path / "runs"), "--out", str(tmp_path / "out")], capsys, str(path), message, "move"
     )
     assert snapshot(tmp_path) == before
+    write_run(tmp_path / "runs", "Boxing", 0)  # beside a good run it is left out, by name
+    groups, left_out = report.load_groups([str(tmp_path / "runs")])
+    said = capsys.readouterr().err
+    assert [run.game for run in groups["jedi_atari"]] == ["Boxing"] and list(left_out) == [
+        path.parent
+    ]
+    assert said.startswith(f"left out: {path}") and message in said and said.count("\n") == 1
+
+
+def test_an_unfinished_run_is_left_out_by_name(pictures, tmp_path, monkeypatch, capsys):
+    for name in ("games", "aggregates", "asymmetry", "action_sets", "profiles", "learning_curves"):
+        monkeypatch.setattr(report, f"draw_{name}", lambda *_: None)
+    write_run(tmp_path / "runs", "Pong", 0)
+    (write_run(tmp_path / "runs", "Boxing", 0) / "result.json").unlink()
+    arguments = [str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--reps", "2"]
+    assert report.main(arguments) == 0
+    said = capsys.readouterr().err
+    assert f"left out: {tmp_path / 'runs/Boxing__0'} has no result.json" in said
+    assert "left out: runs/Boxing__0." in (tmp_path / "out/runs.md").read_text()
+    (tmp_path / "runs/Pong__0/result.json").unlink()
+    refused(arguments, capsys, "nothing to report", "Boxing__0 has no result.json", "1 more")
+
+
+def test_what_a_run_does_not_know_is_null(tmp_path):
+    unknown = ("peak_memory_bytes", "git_commit", "open_loop_ratio", "reward_recall", "device")
+    write_run(tmp_path, "Pong", 0, **dict.fromkeys(unknown))
+    groups, left_out = report.load_groups([str(tmp_path)])
+    records = report.run_records(groups)
+    assert not left_out and json.loads(report.to_json(records))[0]["peak_memory_gib"] is None
+    assert "| 1:30 | – | – | fp32 | paper | – |" in report.runs_markdown(records, left_out)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_a_notebooks_backend_is_not_asked_for(backend, pictures):
+    code = "import report; report.import_rliable(); report.import_pyplot().figure()"
+    env = os.environ | {"MPLBACKEND": backend}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmark", env=env, check=True)
+
+
+def test_a_picture_that_fails_costs_no_number(pictures, tmp_path, monkeypatch, capsys):
+    def draw_games(*_):
+        raise ValueError("two\nlines")
+
+    monkeypatch.setattr(report, "draw_games", draw_games)
+    for slow in ("aggregates", "action_sets", "profiles"):
+        monkeypatch.setattr(report, f"draw_{slow}", lambda *_: None)
+    out = tmp_path / "out"
+    assert report.main(["--published", "--out", str(out), "--reps", "2"]) == 0
+    assert capsys.readouterr().err == "no picture by draw_games: two lines\n"
+    assert (out / "report.md").exists() and (out / "asymmetry.png").exists()
 
 
 def test_broken_bytes_and_curves_are_named(tmp_path, capsys):
     run = write_run(tmp_path / "runs", "Pong", 0)
     metrics, good = run / "metrics.jsonl", (run / "metrics.jsonl").read_text()
     arguments = [str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    metrics.write_text(good + '{"epoch": 3, "ev')
-    refused(arguments, capsys, f"{metrics}, line 4,", "cut off")
-    metrics.write_text('{"eval/mean_return": "high"}\n')
-    refused(arguments, capsys, f"{metrics}, line 1", "'high'")
+    for text, message in (
+        (good + '{"epoch": 3, "ev', "line 4, is cut off"),
+        ('{"eval/mean_return": "high"}\n', "line 1: evaluation 'high'"),
+    ):
+        metrics.write_text(text)  # a run's score is good without its curve
+        groups, _ = report.load_groups([str(tmp_path / "runs")])
+        assert groups["jedi_atari"][0].curve == []
+        assert f"left out: {metrics}, {message}" in capsys.readouterr().err
     (run / "result.json").write_bytes(b"\xff\xfe\x00")
     refused(arguments, capsys, "result.json", "not text")
     assert not (tmp_path / "out").exists()
@@ -671,7 +726,7 @@ def test_a_seed_counts_once(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["none", "--out", "o"], "none is not a folder"),
-        ([".", "--out", "o"], "no result.json below"),
+        ([".", "--out", "o"], "holds no result.json"),
         (["--out", "o"], "folders of results or --published"),
         (["runs", "--published", "--out", "o"], "one of the two"),
         (["runs"], "--out"),
@@ -688,7 +743,7 @@ def test_a_seed_counts_once(tmp_path, capsys):
 def test_wrong_arguments(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    if words != "no result.json below":
+    if words != "holds no result.json":
         write_run(tmp_path / "runs", "Pong", 0)
     before = snapshot(tmp_path)
     refused(arguments, capsys, words)

@@ -1,9 +1,12 @@
 """benchmark/speed.py: the baseline has DIAMOND's sizes, and JEDI is ahead of it; the optimisations change no result."""
 
 import json
+import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from conftest import ROOT, own_update, random_agent, random_windows, replace
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 
+import gpu_check
 import pixel_diffusion as pixel
 import speed
 
@@ -212,6 +216,48 @@ def test_the_table_has_a_row_for_the_parts_of_a_run():
     newer = older | parts | {"projected_hours": 35.0, "projected_hours_pixel": 305.0}
     row = "| of it updates + play + evaluation | 30.0 + 2.0 + 3.0 h | 300.0 + 2.0 + 3.0 h |  |"
     assert speed.table(newer).splitlines()[-1] == row and "of it u" not in speed.table(older)
+
+
+def test_without_proc_what_is_not_known_is_null(monkeypatch):
+    """As on Windows and macOS: in the child, in its parent, in the table and in the JSON."""
+    cpu = torch.device("cpu")
+    assert speed.common.peak_memory(cpu) > 2**20 and speed.common.gib(5 * 2**28) == "1.25 GiB"
+    read = Path.read_text
+    for text in ("Name: python", None):  # None: no such file
+
+        def read_text(path, *a, text=text, **k):
+            if path.parts[:2] != ("/", "proc"):
+                return read(path, *a, **k)
+            if text is None:
+                raise FileNotFoundError(path)
+            return text
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+        assert speed.common.peak_memory(cpu) is None
+        monkeypatch.setattr(jedi, "usable_cores", lambda: 7)
+        name = platform.processor() or platform.machine()
+        assert speed.describe(cpu) == f"{name}, 7 cores"
+    done = SimpleNamespace(returncode=0, stdout="epoch\nnull\n")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: done)
+    assert speed.memory_in_child("jedi", speed.parse_args([])) is None
+    result = json.loads((ROOT / "results/speed/cpu.json").read_text())
+    unknown = {
+        "memory_bytes": dict.fromkeys(speed.SIDES),
+        "ratios": result["ratios"] | {"memory": None},
+    }
+    assert "| peak memory | - | - | - |" in speed.table(result | unknown)
+
+
+def test_json_has_no_nan_and_the_command_can_be_pasted(tmp_path, monkeypatch):
+    found = speed.common.finite({"a": [1, float("nan")], 2: -float("inf")})
+    assert found == {"a": [1, None], "2": None}
+    script = tmp_path / "check.py"
+    script.write_text("print('SEEN loss [NaN, 1.23456]')")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    assert gpu_check.run_check(1, 60, tmp_path / "log")["seen"] == {"loss": ["NaN", 1.235]}
+    monkeypatch.setattr(sys, "argv", ["speed.py", "--json", "a b'c"])
+    about = speed.describe_run(jedi.Args(), torch.device("cpu"), False, 1)
+    assert about["command"] == """python benchmark/speed.py --json 'a b'"'"'c'"""
 
 
 def test_evaluations_steps_are_timed_with_as_many_games_as_they_play(micro, monkeypatch):
