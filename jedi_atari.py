@@ -288,7 +288,7 @@ class Windows(NamedTuple):
 
 
 class ReplayBuffer:
-    """All play so far, flat in time, on the training device; ended episodes with a last frame."""
+    """All play, flat in time, and its episodes, on the training device; ended with a last frame."""
 
     def __init__(self, capacity: int, device: torch.device):
         self.device, self.size, self.num_episodes, self.open = device, 0, 0, False  # open: goes on
@@ -297,7 +297,6 @@ class ReplayBuffer:
         self.actions = torch.zeros(capacity, dtype=torch.int64, device=device)
         self.rewards = torch.zeros(capacity, dtype=torch.float32, device=device)
         self.ends = torch.zeros(capacity, dtype=torch.bool, device=device)
-        # Of each episode, in records:
         self.starts, self.lengths = torch.zeros(2, capacity, dtype=torch.int64, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)  # num_episodes, over there
         self.weights = torch.tensor(QUARTER_WEIGHTS, device=device)
@@ -1011,12 +1010,13 @@ def open_run_dir(args: Args):
     name = f"{resolve_env_id(args.env_id)[1]}__{Path(__file__).stem}__{args.seed}"
     run_dir = Path(args.run_dir or f"runs/{name}__{time.strftime('%Y%m%d-%H%M%S')}")
     try:
-        there = {p.name.split(".")[0] for p in run_dir.glob("*.*") if p.suffix != ".tmp"}
-        taken = there & {"args", "checkpoint", "events", "metrics", "result"}
-        if taken and not (args.resume and there & {"args", "checkpoint"}):
+        there = {path.name for path in run_dir.glob("*.*")}
+        begun = there & {"args.json", "checkpoint.pt", "checkpoint.prev.pt"}
+        others = there & {"metrics.jsonl", "result.json"} or any(run_dir.glob("events.out.*"))
+        if (begun or others) and not (begun and args.resume):
             raise BadInput(f"{run_dir} already holds a run; --resume carries it on")
-        saved = load_checkpoint(run_dir) if "checkpoint" in there else None
-        old, finished = json.loads(saved["args"]) if saved else {}, "result" in there
+        saved = load_checkpoint(run_dir) if begun - {"args.json"} else None
+        old, finished = json.loads(saved["args"]) if saved else {}, "result.json" in there
         free = "run_dir resume device precision compile cuda_graphs threads final_episodes"
         for key in set(old) - set(free.split()):
             value = getattr(args, key, None)

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import MICRO, command_line
+from conftest import MICRO, ROOT, command_line
+from packaging.markers import Marker
 
 import jedi_atari as jedi
 
@@ -356,3 +360,96 @@ def test_an_args_file_of_another_version_is_refused(text, capsys, empty_folder):
     (folder / "args.json").write_text(text)
     for argv in (["--resume", "--run-dir", str(folder)], ["--eval-only", str(folder)]):
         assert "holds no run of this script's version" in refused(argv, capsys)
+
+
+@pytest.mark.parametrize("version", [(2, 7, 18), (3, 10, 14), (3, 15, 0)])
+def test_another_python_is_told_before_anything_is_imported(version):
+    code = f"import runpy, sys; sys.version_info = {version}; runpy.run_path(r'{jedi.__file__}')"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Python 3.11 to 3.14 is needed")
+    assert done.stderr.count("\n") == 1
+
+
+def test_pip_tells_another_python_too():
+    """The first line of requirements.txt counts for no Python that the others count for."""
+    line = (ROOT / "requirements.txt").read_text().splitlines()[0]
+    name, marker = line.split(" @ ")[0], Marker(line.split(" ; ")[1].split("  #")[0])
+    assert "3.11-to-3.14" in name and "file:///" in line
+    for version, told in (
+        ("3.9", 1),
+        ("3.10", 1),
+        ("3.11", 0),
+        ("3.14", 0),
+        ("3.15", 1),
+        ("4.0", 1),
+    ):
+        assert marker.evaluate(dict(python_version=version)) == bool(told), version
+
+
+@pytest.mark.parametrize("name", ["events.out.tfevents.1", "metrics.jsonl", "result.json"])
+def test_files_of_something_else_are_left_alone(name, capsys, empty_folder):
+    """TensorBoard's of another program, say: a run would write its own anew."""
+    (empty_folder / "x").mkdir()
+    (empty_folder / "x" / name).write_text("precious")
+    for more in ([], ["--resume"]):
+        assert "already holds a run" in refused(["--run-dir", "x", *more], capsys)
+    assert [p.name for p in (empty_folder / "x").iterdir()] == [name]
+    assert (empty_folder / "x" / name).read_text() == "precious"
+
+
+def test_the_cores_of_a_container(tmp_path, capsys, micro, monkeypatch):
+    here = jedi.usable_cores(tmp_path / "missing")
+    assert here == len(os.sched_getaffinity(0))
+    for text, cores in (
+        ("max 100000\n", here),
+        ("100000 100000\n", 1),
+        ("50000 100000\n", 1),
+        ("110000 100000\n", min(here, 2)),
+        ("6400000 100000\n", here),
+        ("", here),
+    ):
+        (tmp_path / "cpu.max").write_text(text)
+        assert jedi.usable_cores(tmp_path / "cpu.max") == cores, text
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS, Windows
+    assert jedi.usable_cores(tmp_path / "missing") == os.cpu_count()
+    monkeypatch.setattr(jedi, "usable_cores", lambda: 1)
+    for threads, hint in ((1, False), (3, True)):
+        assert jedi.main(["--dry-run", *command_line(MICRO | dict(threads=threads))]) == 0
+        assert (f"{threads} on 1 cores: too many, slow" in capsys.readouterr().out) == hint
+    assert jedi.main(["--dry-run", *command_line(MICRO | dict(threads=0))]) == 0
+    assert torch.get_num_threads() == 1
+
+
+def test_compilation_that_cannot_work_names_the_way_out(tmp_path):
+    """Without a C++ compiler; a finished compilation is not taken from a cache."""
+    environment = os.environ | dict(CXX="/nothing/here", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    words = command_line(MICRO | dict(run_dir=tmp_path / "r", device="cpu"))
+    command = [sys.executable, jedi.__file__, *words, "--compile"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "cannot compile here, use --no-compile: " in done.stderr and "ompiler" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), None),
+        (RuntimeError("a fault of ours"), None),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "out of memory",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_only_want_of_memory_is_called_so(error, says, capsys, monkeypatch):
+    def train(_):
+        raise error
+
+    monkeypatch.setattr(jedi, "train", train)
+    if says is None:
+        with pytest.raises(RuntimeError, match=str(error)):
+            jedi.main([])
+    else:
+        assert jedi.main([]) == 1 and says in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """The environment against the bare emulator, and all 26 games."""
 
+import json
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -150,7 +152,9 @@ def test_all_26_games_start_step_and_report_their_actions(game, micro):
     assert frame.std() > 0 and env.observation_space.contains(frame)
 
 
-@pytest.mark.parametrize("spelling", ["Pong", "ALE/Pong-v5", "PongNoFrameskip-v4", "Pong-v5"])
+@pytest.mark.parametrize(
+    "spelling", ["Pong", "ALE/Pong-v5", "PongNoFrameskip-v4", "Pong-v5", "PongDeterministic-v4"]
+)
 def test_spellings_of_a_game(spelling):
     assert jedi.resolve_env_id(spelling) == ("ALE/Pong-v5", "Pong")
 
@@ -236,3 +240,78 @@ def test_unsupported_environments_are_refused(micro, monkeypatch, observation, a
     monkeypatch.setitem(gym.registry, "Toy-v0", spec)
     with pytest.raises(jedi.BadInput, match=says):
         jedi.make_env(replace(micro, env_id="Toy-v0"))
+
+
+def test_a_name_that_the_module_does_not_know_brings_those_that_it_does(micro):
+    assert jedi.make_env(replace(micro, env_id="toys:Catch")).spec.id == "Catch-v0"
+    with pytest.raises(jedi.BadInput) as error:
+        jedi.make_env(replace(micro, env_id="toys:Cach-v0"))
+    assert str(error.value).endswith("Known there: Catch-v0, DriftingCatch-v0")
+
+
+class Odd(gym.Env):
+    """A game of 12 steps: with a reward that is no number, a picture that stands still, another generator."""
+
+    observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    action_space = gym.spaces.Discrete(3)
+
+    def __init__(self, reward=1.0, still=False):
+        self.reward, self.still = reward, still
+
+    def reset(self, *, seed=None, options=None):
+        super().reset()
+        if seed is not None:
+            self.np_random = np.random.Generator(np.random.MT19937(seed))
+        self.t = 0
+        return self.picture(), {}
+
+    def picture(self):
+        noise = self.np_random.integers(256, size=(64, 64, 3), dtype=np.uint8)
+        return np.full_like(noise, 7) if self.still else noise
+
+    def step(self, action):
+        self.t += 1
+        return self.picture(), self.reward if self.t == 5 else 0.0, self.t == 12, False, {}
+
+
+def register(monkeypatch, name: str, **options) -> str:
+    spec = gym.envs.registration.EnvSpec(f"{name}-v0", entry_point=lambda: Odd(**options))
+    monkeypatch.setitem(gym.registry, f"{name}-v0", spec)
+    return f"{name}-v0"
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_no_number_is_refused(micro, monkeypatch, reward):
+    env = jedi.make_env(replace(micro, env_id=register(monkeypatch, "Odd", reward=reward)))
+    env.reset(seed=0)
+    for _ in range(4):
+        env.step(0)
+    with pytest.raises(jedi.BadInput, match=f"a reward of {reward}; it must be a finite number"):
+        env.step(0)
+
+
+def test_an_environment_with_another_generator_resumes(micro, monkeypatch):
+    args = replace(micro, env_id=register(monkeypatch, "Odd"))
+    collector, replay = jedi.Collector(args), jedi.ReplayBuffer(100, torch.device("cpu"))
+    for _ in range(40):
+        collector.step(None, replay)
+    again, other = jedi.Collector(args), jedi.ReplayBuffer(100, torch.device("cpu"))
+    again.load_state_dict(collector.state_dict(), other)
+    assert torch.equal(other.frames, replay.frames) and replay.frames.float().std() > 10
+
+
+def test_a_still_picture_has_no_measures_and_valid_json(micro, monkeypatch, tmp_path):
+    """What is measured over nothing is null: nothing changes, no reward is to be recognised."""
+    game = register(monkeypatch, "Still", still=True, reward=0.0)
+    jedi.train(replace(micro, env_id=game, run_dir=str(tmp_path / "r")))
+
+    def no(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    result = json.loads((tmp_path / "r" / "result.json").read_text(), parse_constant=no)
+    measures = result["measures"]
+    assert result["open_loop_ratio"] is None and measures["latent_effective_rank"] is None
+    assert measures["reward_recall"] is None and measures["reward_prob_1"] is None
+    for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line, parse_constant=no)
+        assert "wm/open_loop_ratio_1" not in row and "wm/latent_effective_rank" not in row

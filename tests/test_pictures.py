@@ -2,14 +2,17 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO, random_agent, random_windows
+from conftest import MICRO, ROOT, random_agent, random_windows
 from PIL import Image, ImageColor
 from test_play import micro_run
 
@@ -272,3 +275,48 @@ def test_a_folder_that_cannot_be_used(run_dir, tmp_path, capsys, change):
     line, end = capsys.readouterr().err.split("\n")
     says = {"no checkpoint": "checkpoint.pt is missing"}.get(change, change)
     assert line.startswith("play_pictures.py: error: ") and says in line and not end
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", ""])
+def test_the_backend_of_a_notebook_costs_no_picture(backend):
+    code = "import play_pictures as p; p.png(p.learning_curves([], 'x')); print('drawn')"
+    environment = os.environ | dict(MPLBACKEND=backend)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == "drawn\n", done.stderr
+
+
+def test_what_cannot_be_drawn_costs_no_other_picture(run_dir, tmp_path, monkeypatch):
+    """The curves come last: the dreams are written by then."""
+    shutil.copytree(run_dir, tmp_path / "r")
+    (tmp_path / "r" / "metrics.jsonl").write_text("broken")
+    with pytest.raises(json.JSONDecodeError):
+        pictures.main([str(tmp_path / "r"), "--device", "cpu", "--threads", "1"])
+    assert (tmp_path / "r" / "dreams" / "final.png").exists()
+
+
+def test_a_checkpoint_alone_is_enough(run_dir, tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").write_bytes((run_dir / "checkpoint.pt").read_bytes())
+    assert pictures.main([str(tmp_path), "--device", "cpu", "--threads", "1"]) == 0
+    drawn = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert drawn >= {"checkpoint.pt", "decoder.pt", "curves.png", "final.png", "play.gif"}
+
+
+def test_a_fork_is_played_with_its_own_script(run_dir, tmp_path, monkeypatch):
+    """A renamed copy, changed: its own sampler dreams, its own refusal is understood."""
+    source = (ROOT / "jedi_atari.py").read_text()
+    (tmp_path / "my-fork.py").write_text(
+        source + "\n\ndef open_loop(agent, z, *_):\n    return z\n"
+    )
+    monkeypatch.setattr(pictures, "__file__", str(tmp_path / "play_pictures.py"))
+    monkeypatch.delitem(sys.modules, "my-fork", raising=False)
+    saved = jedi.load_checkpoint(run_dir)
+    (tmp_path / "r").mkdir()
+    jedi.save_checkpoint(tmp_path / "r", saved | dict(script="my-fork"))
+    run = pictures.load_run(tmp_path / "r", "cpu", 1)
+    assert run.script.__name__ == "my-fork" and run.script.BadInput is jedi.BadInput
+    play = random_windows(run.args, run.args.context_frames + 5, batch=1)
+    decoder = pictures.new_decoder(run.agent)
+    dream = pictures.dream_of(run, decoder, play, 5)
+    assert np.array_equal(dream.pictures[1], dream.pictures[2])  # this fork dreams the truth
+    sys.modules.pop("my-fork")

@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, starved of disk or robbed of their folder: they end with the same bits, or say why not."""
 
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -10,11 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 import zipfile
 from pathlib import Path
 
 import kill_me
+import numpy as np
 import pytest
 import torch
 from conftest import MICRO, command_line
@@ -70,9 +74,8 @@ def real_process(run_dir: Path, when: str = "never:1:9", changes=None, **options
     """The same from a fresh interpreter, to its very end."""
     words = ["--resume", *command_line(SMALL | (changes or {}) | {"run_dir": run_dir})]
     command = [sys.executable, str(HERE / "kill_me.py"), when, *words]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options
-    )
+    options = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) | options
+    return subprocess.Popen(command, **options)
 
 
 def outcome(run_dir: Path) -> dict:
@@ -444,3 +447,173 @@ def test_memory_stays_level_over_20000_updates():
     growth = resident_bytes() / before - 1
     print(f"memory growth over 18,000 updates: {growth:.2%} of {before / 2**20:.0f} MiB")
     assert growth < 0.02
+
+
+# --- what --resume and --eval-only can do beside carrying on
+
+
+def test_a_finished_run_trained_further_has_the_bits_of_a_longer_one(tmp_path):
+    """Where no epochs without play were in between; its first result is kept."""
+    short, longer = (dict(final_epochs=0, eval_every=9, total_steps=n) for n in (130, 170))
+    assert run(tmp_path / "longer", changes=longer) == (0, "")
+    assert run(tmp_path / "r", changes=short) == (0, "")
+    first = (tmp_path / "r" / "result.json").read_bytes()
+    end(tmp_path / "r", outcome(tmp_path / "longer"), changes=longer)
+    assert (tmp_path / "r" / "result_130.json").read_bytes() == first
+    assert json.loads((tmp_path / "r" / "args.json").read_text())["total_steps"] == 170
+
+
+def test_after_its_last_epochs_a_run_goes_on_where_it_last_played(reference, tmp_path):
+    """Epoch by epoch, with no more play in any of them; less than it has played is refused."""
+    shutil.copytree(reference[0], tmp_path / "r")
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        saved = torch.load(tmp_path / "r" / name, weights_only=True)
+        args = json.loads(saved["args"]) | dict(run_dir=str(tmp_path / "r"))
+        torch.save(saved | dict(args=json.dumps(args)), tmp_path / "r" / name)
+    before = [json.loads(x) for x in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    status, err = run(tmp_path / "r", changes=dict(total_steps=110))
+    assert (
+        status == 2
+        and "was begun with total_steps 130" in err
+        and "result.json" in os.listdir(tmp_path / "r")
+    )
+    assert run(tmp_path / "r", "diffusion:2:9", changes=dict(total_steps=190)) == (-9, "")
+    assert not (tmp_path / "r" / "result.json").exists()
+    assert run(tmp_path / "r", changes=dict(total_steps=190)) == (0, "")
+    rows = [json.loads(x) for x in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["charts/env_steps"] for r in rows[: len(before) - 1]] == [
+        r["charts/env_steps"] for r in before[:-1]
+    ]
+    assert [r["charts/env_steps"] for r in rows[len(before) - 1 :]] == [150, 170, 190, 190, 190]
+    updates = [r["charts/policy_updates"] for r in rows[:-1]]
+    assert updates == sorted(updates) and updates[-1] == before[-2]["charts/policy_updates"] + 4
+
+
+@pytest.mark.parametrize("change", [dict(final_episodes=5), dict(threads=2)])
+def test_what_changes_nothing_trained_may_change(reference, tmp_path, change):
+    assert run(tmp_path / "r", "logged:5:9") == (-9, "")
+    assert run(tmp_path / "r", changes=change) == (0, "")
+    found = outcome(tmp_path / "r")
+    assert found["result"]["args"] == reference[1]["result"]["args"] | change
+    assert len(found["result"]["returns"]) == change.get("final_episodes", 1)
+    if "final_episodes" in change:
+        for key in ("weights", "moments", "actions", "frames"):
+            assert found[key] == reference[1][key]
+
+
+def test_a_checkpoint_alone_resumes_to_the_same_bits_and_evaluates(reference, tmp_path, capsys):
+    """It holds the run's arguments and all that was played."""
+    assert run(tmp_path / "r", "logged:5:9") == (-9, "")
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "r" / "checkpoint.pt").rename(tmp_path / "alone" / "checkpoint.pt")
+    assert jedi.main(["--eval-only", str(tmp_path / "alone"), "--final-episodes", "2"]) == 0
+    assert "return 0.0 +- 0.0," in capsys.readouterr().out
+    # Without the run's other arguments: they are the checkpoint's.
+    words = ["--resume", "--run-dir", str(tmp_path / "alone")]
+    assert jedi.main(words) == 0
+    assert_same(tmp_path / "alone", reference[1])
+
+
+def test_evaluation_plays_by_the_runs_rules_says_them_and_prints_what_it_cannot_write(
+    tmp_path, capsys, monkeypatch
+):
+    rules = dict(temperature=0.5, frame_skip=3, max_episode_steps=21)
+    assert run(tmp_path / "r", changes=rules) == (0, "")
+    folder = str(tmp_path / "r")
+    assert jedi.main(["--eval-only", folder, "--final-episodes", "2"]) == 0
+    (written,) = (tmp_path / "r").glob("eval_*.json")
+    found = json.loads(written.read_text())
+    assert found["lengths"] == [21, 21] and found["environment"] == "plain"
+    assert {key: found[key] for key in rules} == rules and found["env_id"] == "Pong"
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        shown.startswith("return 0.0 +- 0.0, {")
+        and json.loads(shown.split(", ", 1)[1])["temperature"] == 0.5
+    )
+
+    def full(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), folder)
+
+    monkeypatch.setattr(jedi, "write_atomically", full)
+    assert jedi.main(["--eval-only", folder, "--temperature", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert '"temperature": 2.0' in out and err.count("\n") == 1 and "Read-only" in err
+
+
+def test_a_renamed_script_carries_its_run_on(reference, tmp_path):
+    """A fork keeps the runs of the name that it had before."""
+    assert run(tmp_path / "r", "logged:5:9") == (-9, "")
+    shutil.copy(jedi.__file__, tmp_path / "my-fork.py")
+    words = ["--resume", *command_line(SMALL | {"run_dir": tmp_path / "r"})]
+    command = [sys.executable, str(tmp_path / "my-fork.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    found = outcome(tmp_path / "r")
+    assert found["result"].pop("script") == "my-fork"
+    expected = reference[1] | dict(
+        result={k: v for k, v in reference[1]["result"].items() if k != "script"}
+    )
+    assert found == expected
+
+
+def test_main_in_a_thread_and_twice_in_a_process(reference, tmp_path):
+    """The same bits as in a process of its own, and the hooks and streams of its host as they were."""
+    kept, statuses = (threading.excepthook, sys.stdout, sys.stderr), []
+    for name in ("first", "second"):
+        words = ["--resume", *command_line(SMALL | {"run_dir": tmp_path / name})]
+        thread = threading.Thread(target=lambda words=words: statuses.append(jedi.main(words)))
+        thread.start()
+        thread.join(120)
+        assert_same(tmp_path / name, reference[1])
+    assert statuses == [0, 0] and (threading.excepthook, sys.stdout, sys.stderr) == kept
+
+
+def test_host_data_stays_on_the_host(tmp_path):
+    """What is loaded for a device: networks and recurrent states go there, frames and actions do not. PyTorch's device
+    without data stands for a GPU."""
+    args = jedi.Args(**SMALL)
+    collector, agent = jedi.Collector(args), jedi.Agent(6, args)
+    for _ in range(30):
+        collector.step(agent, jedi.ReplayBuffer(100, torch.device("cpu")))
+    torch.save(collector.state_dict(), tmp_path / "c.pt")
+    saved = torch.load(tmp_path / "c.pt", map_location="cpu", weights_only=True)
+    again = jedi.Collector(args)
+    again.load_state_dict(saved, jedi.ReplayBuffer(100, torch.device("meta")))
+    assert isinstance(again.frame, np.ndarray) and (again.frame == collector.frame).all()
+    assert {type(action) for action in again.actions} == {int}
+    assert [s.device.type for s in again.lstm] == ["meta", "meta"]
+
+
+# --- who reads along goes away
+
+
+def test_a_closed_pipe_is_one_line(reference, tmp_path):
+    """As with `| head`: the run ends there, and can be carried on."""
+    process = real_process(tmp_path / "r", stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 1 and err == "jedi_atari.py: failed: [Errno 32] Broken pipe\n"
+    end(tmp_path / "r", reference[1])
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_costs_no_more_than_a_kill(reference, tmp_path, ignored):
+    """SIGHUP ends a run; where it is ignored, as under nohup and disown, the next line that cannot be printed does."""
+    master, terminal = os.openpty()
+    handler = signal.SIG_IGN if ignored else signal.SIG_DFL
+
+    def begin():
+        signal.signal(signal.SIGHUP, handler)
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    options = dict(stdout=terminal, start_new_session=True, preexec_fn=begin)
+    process = real_process(tmp_path / "r", changes=dict(policy_updates=300), **options)
+    os.close(terminal)
+    assert b"run folder" in os.read(master, 1_000)
+    os.close(master)
+    err = process.stderr.read()
+    assert process.wait(60) == (1 if ignored else -signal.SIGHUP)
+    assert err == ("jedi_atari.py: failed: [Errno 5] Input/output error\n" if ignored else "")
+    changes = dict(policy_updates=300)
+    assert run(tmp_path / "r", changes=changes) == (0, "")
