@@ -115,7 +115,7 @@ class Args:
     epsilon: float = num(0.01, 0, 1)  # share of random actions while collecting [D]
     # --- schedule
     total_steps: int = num(100_000, 1, MANY)  # environment steps of the run: 400k frames [P, D]
-    first_steps_min: int = num(5_000, 2, MANY)  # steps collected before anything is trained [D]
+    first_steps_min: int = num(5_100, 2, MANY)  # steps collected before anything is trained [D]
     first_steps_max: int = num(10_000, 1, MANY)  # ... and at most so many, if rewards are rare [D]
     first_diffusion_updates: int = num(10_000, 0, MANY)  # pre-training of denoiser, encoder [D]
     first_reward_updates: int = num(10_000, 0, MANY)  # ... of the reward/termination model [D]

@@ -246,11 +246,13 @@ def in_the_middle(diffusion: int, reward: int) -> list[str]:
 
 
 def test_the_papers_schedule():
-    schedule = jedi.make_schedule(jedi.Args(), 5_000)
+    args = jedi.Args()
+    schedule = jedi.make_schedule(args, args.first_steps_min)
     counts = collections.Counter(part for _, parts, _ in schedule for part in parts)
-    assert counts == dict(diffusion=410_000, reward=410_000, policy=405_000)
-    # The first play, 25,000 updates in epochs of 1,200, then 950 epochs with play and 50 without.
-    assert len(schedule) == 1 + 21 + 950 + 50
+    # DIAMOND's 1,000 epochs: the first with 5,100 steps, 949 with 100 more each, 50 without play.
+    assert counts == dict(diffusion=409_600, reward=409_600, policy=404_600)
+    # Here the first is the first play, then its 25,000 updates in epochs of 1,200.
+    assert len(schedule) == 1 + 21 + 949 + 50
     assert sum(evaluated for *_, evaluated in schedule) == 2 + 99
 
 
