@@ -69,7 +69,6 @@ def learn_catch(seed: int, run_dir: Path, **changes) -> dict:
         "peak_memory_bytes",
         "measures",
         "updates",
-        "git_commit",
     )
     return {
         "seed": seed,

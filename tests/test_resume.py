@@ -541,18 +541,17 @@ def test_evaluation_plays_by_the_runs_rules_says_them_and_prints_what_it_cannot_
 
 
 def test_a_renamed_script_carries_its_run_on(reference, tmp_path):
-    """A fork keeps the runs of the name that it had before."""
-    assert run(tmp_path / "r", "logged:5:9") == (-9, "")
-    shutil.copy(jedi.__file__, tmp_path / "my-fork.py")
-    words = ["--resume", *command_line(SMALL | {"run_dir": tmp_path / "r"})]
-    command = [sys.executable, str(tmp_path / "my-fork.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    """A fork keeps the runs of the name that it had before; here it also lies in the run's folder, whose name is odd."""
+    folder = tmp_path / "a b'c"
+    assert run(folder, "logged:5:9") == (-9, "")
+    shutil.copy(jedi.__file__, folder / "my-fork.py")
+    words = ["--resume", *command_line(SMALL | {"run_dir": "."})]
+    command = [sys.executable, "my-fork.py", *words]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-    found = outcome(tmp_path / "r")
-    assert found["result"].pop("script") == "my-fork"
-    expected = reference[1] | dict(
-        result={k: v for k, v in reference[1]["result"].items() if k != "script"}
-    )
+    assert (folder / "my-fork.py").read_bytes() == Path(jedi.__file__).read_bytes()
+    found, expected = outcome(folder), dict(reference[1])
+    expected["result"] = expected["result"] | dict(script="my-fork")
     assert found == expected
 
 
