@@ -9,13 +9,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
+import kill_me
 import numpy as np
 import pytest
 import torch
+import toys
 from conftest import MICRO, ROOT, command_line
 from gymnasium.utils.env_checker import check_env
+from test_resume import outcome
 
 import jedi_atari as jedi
 
@@ -24,6 +28,7 @@ PATCHES = {path.stem: path for path in sorted((ROOT / "docs" / "fork_it").glob("
 GAMES = {
     "minigrid": "MiniGrid-Empty-Random-5x5-v0",
     "my_game": "my_game:Apples-v0",
+    "recordings": "toys:Catch-v0",
 }  # the others play Pong
 
 
@@ -84,14 +89,50 @@ def fork(folders, monkeypatch):
     gym.registry.pop("Apples-v0", None)
 
 
+def record(folder: Path, wide: int = 1, long: int = 0) -> dict[str, np.ndarray]:
+    """Three games of Catch in `folder`/recordings, the second cut short, the first `wide` times as large, and one of
+    `long` steps of noise; what a replay must hold of them, row by row."""
+    rng, rows = np.random.default_rng(0), []
+    (folder / "recordings").mkdir()
+    for number, steps in ((2, 3), (10, 5), (1, 5)):  # by name 01, 02, 10
+        game, frames, rewards, end = toys.Catch(), [], [], False
+        actions = rng.integers(3, size=steps)
+        frames.append(game.reset(seed=number)[0])
+        for action in actions:
+            frame, reward, end, _, _ = game.step(action)
+            frames.append(frame)
+            rewards.append(reward)
+        assert end == (steps == 5)
+        rows.append((f"{number:02}", np.stack(frames), actions, np.array(rewards), end))
+    if long:
+        noise = rng.integers(256, size=(long + 1, 64, 64, 3), dtype=np.uint8)
+        actions = rng.integers(3, size=long, dtype=np.uint8)
+        rows.append(("99", noise, actions, rng.normal(size=long).astype(np.float32), True))
+    for name, frames, actions, rewards, end in rows:  # not in the order of their names
+        size = wide if name == "01" else 1
+        arrays = dict(actions=actions, rewards=rewards, terminated=end)
+        arrays["frames"] = frames.repeat(size, 1).repeat(size, 2)  # of which the mean is known
+        np.savez(folder / "recordings" / f"{name}.npz", **arrays)
+    rows.sort(key=lambda row: row[0])
+    lengths = [len(row[1]) for row in rows]
+    return {
+        "frames": np.concatenate([row[1] for row in rows]),
+        "actions": np.concatenate([[*row[2], 0] for row in rows]),
+        "rewards": np.concatenate([[*row[3], 0] for row in rows]).astype(np.float32),
+        "ends": np.concatenate([[*[False] * (len(row[2]) - 1), row[4], False] for row in rows]),
+        "lengths": np.array(lengths),
+        "starts": np.cumsum([0, *lengths[:-1]]),
+    }
+
+
 # --- the page
 
 
 def test_the_page_shows_each_patch_as_it_is():
-    assert len(PATCHES) == 5
+    assert len(PATCHES) == 6
     assert sorted(blocks("diff")) == sorted(path.read_text() for path in PATCHES.values())
     assert all(f"`git apply docs/fork_it/{name}.patch`" in PAGE for name in PATCHES)
-    assert len(PAGE.splitlines()) < 265
+    assert len(PAGE.splitlines()) < 295
 
 
 def test_the_page_counts_the_lines_of_each_patch():
@@ -143,8 +184,11 @@ def test_a_fork_is_clean(name, folders):
 
 
 @pytest.mark.parametrize("name", PATCHES)
-def test_a_fork_runs_from_beginning_to_end(name, fork, tmp_path, capsys):
+def test_a_fork_runs_from_beginning_to_end(name, fork, tmp_path, capsys, monkeypatch):
     script = fork(name)
+    if name == "recordings":
+        monkeypatch.chdir(tmp_path)
+        record(tmp_path)
     changes = {"env_id": GAMES.get(name, "Pong"), "run_dir": tmp_path / "run"}
     changes |= dict(max_episode_steps=12, total_steps=100, final_epochs=0, final_episodes=2)
     if name == "one_step":
@@ -240,3 +284,141 @@ def test_the_game_of_ones_own(fork):
     game.walker, game.apple, game.trap = (0, 0), (3, 0), (3, 3)
     steps = [env.step(2)[1:4] for _ in range(100)]  # up, against the wall, until time is over
     assert steps == [(0.0, False, False)] * 99 + [(0.0, False, True)]
+
+
+def keep_replays(script, monkeypatch) -> list:
+    """The buffers that a run will make; the first is the one that it learns from."""
+    made = []
+
+    class Kept(script.ReplayBuffer):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(script, "ReplayBuffer", Kept)
+    return made
+
+
+def assert_begins_with(replay, expected: dict[str, np.ndarray]) -> None:
+    for key, values in expected.items():
+        assert np.array_equal(getattr(replay, key)[: len(values)].numpy(), values), key
+
+
+def test_recordings_are_in_the_replay_before_two_steps_of_play(fork, tmp_path, monkeypatch):
+    """More of them than the replay was made for; then the page's run on hardly anything else."""
+    script = fork("recordings")
+    monkeypatch.chdir(tmp_path)
+    expected, made = record(tmp_path, wide=2, long=1_100), keep_replays(script, monkeypatch)
+    words = dict(total_steps=2, first_steps_min=2, first_steps_max=2, final_epochs=2)
+    assert all(f"--{key.replace('_', '-')} " in "".join(blocks("bash")) for key in words)
+    changes = words | dict(env_id="toys:Catch-v0", final_episodes=1, run_dir="r")
+    assert script.main(command_line(MICRO | changes)) == 0
+    assert_begins_with(made[0], expected)
+    rows, result = len(expected["actions"]), json.loads(Path("r/result.json").read_text())
+    assert rows > 1_002 and made[0].size == rows + 2 and result["env_steps"] == 2
+    assert made[0].num_episodes == 5 and made[0].lengths[4] == 2 and made[0].starts[4] == rows
+    assert result["updates"] == {"diffusion": 6 + 4, "reward": 4 + 2, "policy": 2 + 2}
+
+
+def test_a_run_with_recordings_is_killed_and_ends_with_the_same_bits(
+    fork, folders, tmp_path, monkeypatch, capsys
+):
+    script = fork("recordings")
+    monkeypatch.chdir(tmp_path)
+    expected, made = record(tmp_path), keep_replays(script, monkeypatch)
+    argv = ["--resume", *command_line(MICRO | dict(env_id="toys:Catch-v0", final_episodes=1))]
+    assert script.main([*argv, "--run-dir", "whole"]) == 0
+    run = "import sys, jedi_atari, kill_me; sys.exit(kill_me.main(sys.argv[1], sys.argv[2:]))"
+    paths = os.pathsep.join(map(str, (folders("recordings"), Path(kill_me.__file__).parent)))
+    killed = subprocess.run(
+        [sys.executable, "-c", run, "policy:4:9", *argv, "--run-dir", "killed"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -9, killed.stderr
+    saved = script.load_checkpoint(Path("killed"))
+    assert 0 < saved["collector"]["steps"] < 130
+    Path("recordings").rename("elsewhere")
+    capsys.readouterr()
+    resume = ["--resume", "--run-dir", "killed"]
+    assert script.main(resume) == 2 and "recordings/*.npz" in capsys.readouterr().err
+    Path("elsewhere").rename("recordings")
+    made[1:] = []
+    assert script.main(resume) == 0
+    whole, carried_on = made[0], made[1]
+    assert_begins_with(whole, expected)
+    assert whole.size > len(expected["actions"]) + 130
+    for key in expected:
+        assert torch.equal(getattr(whole, key), getattr(carried_on, key)), key
+    found, reference = outcome(Path("killed")), outcome(Path("whole"))
+    for key in reference:
+        assert found[key] == reference[key], key
+
+
+def test_bad_recordings_are_refused_by_name(fork, tmp_path, monkeypatch, capsys):
+    script = fork("recordings")
+    monkeypatch.chdir(tmp_path)
+    record(tmp_path)
+    path = Path("recordings/02.npz")
+    good, whole = dict(np.load(path)), path.read_bytes()
+    frames, actions, rewards = good["frames"], good["actions"], good["rewards"]
+    bad = [
+        dict(frames=frames.astype(np.float32)),
+        dict(frames=frames[..., :1]),
+        dict(frames=frames[:-1]),
+        dict(frames=frames[0]),
+        dict(frames=frames[:1], actions=actions[:0], rewards=rewards[:0]),
+        dict(actions=actions[:-1]),
+        dict(actions=actions[:, None]),
+        dict(actions=np.array([0, 1, 3])),
+        dict(actions=np.array([0, -1, 2])),
+        dict(actions=np.array([0, 0.5, 2])),
+        dict(rewards=rewards[:2]),
+        dict(rewards=np.array([0, np.nan, 0])),
+        dict(rewards=np.array([0, -np.inf, 0])),
+        dict(rewards=np.array([0, 1e300, 0])),
+        dict(terminated=1),
+        dict(terminated=[True]),
+        dict(terminated=None),  # needs pickle
+    ]
+    env, device = script.make_env(script.Args(env_id="toys:Catch-v0")), torch.device("cpu")
+    for changes in bad:
+        np.savez(path, **good | changes)
+        replay = script.ReplayBuffer(40, device)
+        with pytest.raises(script.BadInput, match=r"^recordings/02.npz must hold frames [^\n]*$"):
+            script.add_recordings(replay, env, path.parent)
+        assert replay.size == 6 and not replay.open, changes  # what comes before it
+    np.savez(path, **{key: good[key] for key in good if key != "rewards"})
+    for content in (path.read_bytes(), whole[:-9], whole[:4000] + b"?" + whole[4001:], b""):
+        path.write_bytes(content)
+        argv = command_line(MICRO | dict(env_id="toys:Catch-v0", run_dir="r"))
+        assert script.main(argv) == 2 and not Path("r").exists()
+        err = capsys.readouterr().err
+        assert "error: recordings/02.npz must hold frames" in err and err.count("\n") == 1
+        assert "actions (T,) from 0 to 2" in err
+
+
+@pytest.mark.parametrize("game", ["toys:Catch-v0", "Breakout"])
+def test_the_pages_program_records_what_training_would_see(game, fork, tmp_path, monkeypatch):
+    """Its files, played again, in the order of their names: the frames of the game, a file for each life."""
+    (program,) = blocks("python")
+    assert program.count('"Pong"') == program.count("range(20)") == 1
+    program = program.replace('"Pong"', repr(game)).replace("range(20)", "range(7)")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "docs/fork_it.md", "exec"), {})
+    script, device = fork("recordings"), torch.device("cpu")
+    env = script.make_env(args := script.Args(env_id=game))
+    replay, played = (script.ReplayBuffer(4_000, device) for _ in range(2))
+    script.add_recordings(replay, env, Path("recordings"))
+    assert replay.num_episodes == 7 and replay.ends.sum() == 7 and not replay.open
+    collector, begins = script.Collector(args), replay.starts[:7].tolist()
+    over = True
+    for start, length in zip(begins, replay.lengths[:7].tolist(), strict=True):
+        if over:  # a game is over after 5 lives; each is seeded with its first file's number
+            collector.frame, _ = collector.env.reset(seed=begins.index(start))
+        for action in replay.actions[start : start + length - 1].tolist():
+            over = bool(collector.step(None, played, action))
+    assert (played.size, played.num_episodes) == (replay.size, 7)
+    for key in ("frames", "actions", "rewards", "ends", "starts", "lengths"):
+        assert torch.equal(getattr(played, key), getattr(replay, key)), key
