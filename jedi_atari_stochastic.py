@@ -74,8 +74,7 @@ class BadInput(ValueError):
 
 def usable_cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """CPU cores that this process may use; in a container (cgroup 2) no more than its limit."""
-    affinity = getattr(os, "sched_getaffinity", None)  # on Linux
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
     with contextlib.suppress(OSError, ValueError):  # no container; "max", no limit
         quota, period = map(int, limit.read_text().split())
         cores = min(cores, math.ceil(quota / period))
@@ -105,7 +104,7 @@ class Args:
     cuda_graphs: bool = True  # on a GPU, record each update as one program and replay it
     run_dir: str = ""  # folder of the run; empty: runs/<game>__<script>__<seed>__<time>
     resume: bool = False  # carry on the run in --run-dir, or begin it if nothing is there yet
-    eval_only: str = ""  # folder of a run: play --final-episodes games with it, train nothing
+    eval_only: str | None = None  # folder of a run: play --final-episodes games, train nothing
     dry_run: bool = False  # print what would be done, then stop; writes nothing
     # --- environment
     frame_skip_min: int = num(2, 1, 1_000)  # emulator frames per action: drawn from this ... [P]
@@ -249,7 +248,7 @@ class Game(gym.Wrapper):
             reward += float(frame_reward)
             if terminated or truncated:
                 break
-        if not math.isfinite(reward):
+        if not abs(reward) < 1e38:  # neither is nan
             raise BadInput(f"the game gave a reward of {reward}; it must be a finite number")
         self.steps, self.episode_return = self.steps + 1, self.episode_return + reward
         truncated = truncated or (self.steps >= self.max_steps and not terminated)
@@ -262,6 +261,8 @@ class Game(gym.Wrapper):
 
     def resize(self, frame: np.ndarray) -> np.ndarray:
         """(h, w, 3) -> (64, 64, 3) by area interpolation; a copy at that size, too."""
+        if getattr(frame, "dtype", None) != np.uint8 or frame.shape[2:] != (3,):
+            raise BadInput(f"the game shows {self.env.observation_space}, not uint8 RGB frames")
         return cv2.resize(frame, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
 
 
@@ -278,9 +279,7 @@ def make_env(args: Args) -> Game:
         known = [i for i, s in gym.registry.items() if re.search(module, str(s.entry_point))]
         text += f" Known there: {', '.join(known)}" if ":" in gym_id and known else ""
         raise BadInput(f"--env-id {args.env_id!r}: {text}") from None
-    space, actions = env.observation_space, env.action_space
-    if space.dtype != np.uint8 or space.shape is None or space.shape[2:] != (3,):
-        raise BadInput(f"{args.env_id} shows {space}; uint8 RGB frames are needed")
+    actions = env.action_space
     if not (isinstance(actions, gym.spaces.Discrete) and actions.start == 0):
         raise BadInput(f"{args.env_id} takes {actions}; discrete actions are needed, Discrete(n)")
     return Game(env, args, atari)
@@ -844,7 +843,7 @@ def actor_critic_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor,
 
 
 # ---- 8. Playing, and measuring the world model on unseen play ------------------------------------
-progress = functools.partial(tqdm, leave=False, disable=None)  # a bar on a terminal, not in logs
+progress = functools.partial(tqdm, leave=False, disable=None if sys.stderr else True)  # no logs
 
 
 @torch.compiler.set_stance("force_eager")  # each number of games would be compiled anew
@@ -1011,7 +1010,7 @@ def load_args(run_dir: Path) -> Args:
             raise ValueError(f"no {min(missing)}; use the script that was copied there")
         return args
     except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{run_dir} holds no run of this script's version: {error}") from None
+        raise BadInput(f"{path}: no arguments of this script's version: {error}") from None
 
 
 @contextlib.contextmanager
@@ -1026,14 +1025,16 @@ def open_run_dir(args: Args):
         if (begun or others) and not (begun and args.resume):
             raise BadInput(f"{run_dir} already holds a run; --resume carries it on")
         saved = load_checkpoint(run_dir) if begun - {"args.json"} else None
-        old, finished = json.loads(saved["args"]) if saved else {}, "result.json" in there
+        old = json.loads(saved["args"]) if saved else {}
         free = "run_dir resume device precision compile cuda_graphs threads final_episodes"
         for key in set(old) - set(free.split()):
             value = getattr(args, key, None)
             if value != old[key] and not (key == "total_steps" and value > old[key]):
                 raise BadInput(f"{run_dir} was begun with {key} {old[key]}; leave it as it is")
-        if finished and args.total_steps == old.get("total_steps", args.total_steps):
-            raise BadInput(f"{run_dir} is finished; more --total-steps train it further")
+        if "result.json" in there:
+            done = re.search(r'"env_steps": (\d+)', (run_dir / "result.json").read_text())
+            if not (saved and done and args.total_steps > int(done[1])):
+                raise BadInput(f"{run_dir} is finished; more --total-steps train it further")
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = open(run_dir / ".lock", "wb")
     except OSError as error:
@@ -1047,8 +1048,6 @@ def open_run_dir(args: Args):
             raise BadInput(f"another process is at work in {run_dir}") from None
         except (ImportError, OSError):  # Windows and some file systems have no locks: go without
             pass
-        if finished:  # it will be trained further
-            (run_dir / "result.json").replace(run_dir / f"result_{old['total_steps']}.json")
         yield run_dir, saved
 
 
@@ -1064,7 +1063,7 @@ def load_checkpoint(run_dir: Path) -> dict:
         with contextlib.suppress(Exception):  # whatever is wrong with it
             sound = not zipfile.ZipFile(path).testzip()  # PyTorch does not look at the checksums
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            if sound and "args" in saved:
+            if sound and {*saved} >= {"agent", "args", "script"} and "env_id" in saved["args"]:
                 return saved
     raise BadInput(f"{run_dir / 'checkpoint.pt'} is missing, cut short, altered or no data")
 
@@ -1158,8 +1157,8 @@ class Recorded:
     """An update as one CUDA graph: the host launches it at once, not thousands of kernels one by
     one; on a CPU, or not `active`, it runs as written. A graph keeps to its memory and its path: an
     update uses tensors that stay where they are, and numbers that never change. What changes is on
-    the device (`number`, the replay's `count`) or in `key`, at whose change all is recorded anew.
-    The next call overwrites the result. Random numbers are those of the update as written."""
+    the device (`number`, `replay.count`) or in `key`, at whose change all is recorded anew. The
+    random numbers are those of the update as written; the next call overwrites the result."""
 
     WARM_UP = 3  # calls as written first: they compile, choose algorithms, make AdamW's state
 
@@ -1236,9 +1235,8 @@ def train(args: Args) -> dict:
     last checkpoint: carry on with `resume`. Raises `BadInput`, `FloatingPointError`, `OSError`."""
     begun = saved_at = time.monotonic()
     collector, agent, bf16 = set_up(args)
-    device = agent.norm.mean.device
     optimizers = {part: make_optimizer(agent, part, args) for part in PARTS}
-    replay = ReplayBuffer(int(1.1 * args.total_steps) + 1_000, device)
+    replay = ReplayBuffer(int(1.1 * args.total_steps) + 1_000, agent.norm.mean.device)
     if args.compile:
         compile_networks(agent)
     steps_of = {}
@@ -1260,11 +1258,14 @@ def train(args: Args) -> dict:
             for part, optimizer in optimizers.items():
                 optimizer.load_state_dict(saved["optimizers"][part])
             torch.set_rng_state(saved["rng"]["cpu"])
-            if device.type == "cuda" and saved["rng"]["cuda"] is not None:
+            if replay.device.type == "cuda" and saved["rng"]["cuda"] is not None:
                 torch.cuda.set_rng_state(saved["rng"]["cuda"])
             print(f"resumed after epoch {state['epoch']}, {collector.steps:,} steps", flush=True)
+        for path in run_dir.glob("result.json"):  # of a run that is trained further
+            path.replace(run_dir / f"result_{json.loads(path.read_text())['env_steps']}.json")
         write_atomically(run_dir / "args.json", vars(args))
-        write_atomically(run_dir / Path(__file__).name, Path(__file__).read_bytes())
+        if not (copy := run_dir / Path(__file__).name).exists():
+            write_atomically(copy, Path(__file__).read_bytes())
         log = Log(run_dir, saved["metrics"] if saved else "")
         begun -= state["wall_seconds"]
         while state["epoch"] + 1 < len(schedule := make_schedule(args, state["first_steps"])):
@@ -1302,10 +1303,9 @@ def train(args: Args) -> dict:
                 content |= dict(agent=agent.state_dict(), collector=collector.state_dict())
                 content["optimizers"] = {p: o.state_dict() for p, o in optimizers.items()}
                 content["metrics"] = (run_dir / "metrics.jsonl").read_text()
-                cuda = torch.cuda.get_rng_state() if device.type == "cuda" else None
+                cuda = torch.cuda.get_rng_state() if replay.device.type == "cuda" else None
                 content["rng"] = dict(cpu=torch.get_rng_state(), cuda=cuda)
                 save_checkpoint(run_dir, content)
-
         final = evaluate(agent, args, args.final_episodes, len(schedule), "final evaluation")
         metrics = {f"wm/{key}": value for key, value in final["measures"].items()}
         metrics |= {"final/mean_return": final["mean_return"], "epoch": len(schedule)}
@@ -1342,13 +1342,14 @@ def compare(chance: list[float], now: list[float]) -> str:
     """Mean returns of random play and the agent, with 95% intervals over games, in words."""
     (a, s), (b, t) = ((np.mean(x), np.std(x) / max(len(x) - 1, 1) ** 0.5) for x in (chance, now))
     gap = (b - a) / max(math.hypot(s, t), TINY)  # beyond 3 standard errors: p = 0.003
-    verdict = f"{'better' if gap > 0 else 'worse'} for certain"
-    verdict = verdict if abs(gap) > 3 and len(now) >= 20 else "no clear difference"
+    sure = abs(gap) > 3 and min(len(chance), len(now)) >= 20
+    verdict = f"{'better' if gap > 0 else 'worse'} for certain" if sure else "no clear difference"
     shown = [f"{m:,.2f} ({m - 2 * e:,.2f} to {m + 2 * e:,.2f})" for m, e in ((a, s), (b, t))]
-    return f"random play {shown[0]}, this agent {shown[1]} over {len(now)} games each: {verdict}"
+    games = f"{len(chance)} and {len(now)} games"
+    return f"random play {shown[0]}, this agent {shown[1]} over {games}: {verdict}"
 
 
-def eval_only(args: Args) -> dict:
+def eval_only(args: Args) -> None:
     """Play `--final-episodes` games with a run's checkpoint; writes eval_<time>.json beside it."""
     (_, agent, _), saved = set_up(args), load_checkpoint(Path(args.eval_only))
     game = json.loads(saved["args"])["env_id"]
@@ -1358,8 +1359,7 @@ def eval_only(args: Args) -> dict:
     rules = dict(environment="stochastic", **{key: getattr(args, key) for key in PROTOCOL})
     result = dict(epoch=saved["epoch"], **rules, **evaluate(agent, args, args.final_episodes, -1))
     print(f"return {result['mean_return']:.1f} +- {result['std_return']:.1f},", json.dumps(rules))
-    write_atomically(Path(args.eval_only) / time.strftime("eval_%Y%m%d-%H%M%S.json"), result)
-    return result
+    write_atomically(Path(args.eval_only) / f"eval_{time.time_ns()}.json", result)
 
 
 def parse_args(argv: list[str]) -> Args:
@@ -1368,8 +1368,8 @@ def parse_args(argv: list[str]) -> Args:
     early = cli(args=[word for word in argv if word not in ("-h", "--help")])
     default = Args(**PRESETS[early.preset] | {"preset": early.preset})
     run_dir = Path(early.eval_only or early.run_dir)
-    kept = run_dir / "args.json", run_dir / "checkpoint.pt"
-    if early.eval_only or (early.resume and any(map(os.path.exists, kept))):
+    kept = run_dir / "args.json", run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"
+    if early.eval_only is not None or (early.resume and any(map(os.path.exists, kept))):
         default = dataclasses.replace(load_args(run_dir), run_dir="", resume=False)
     return cli(args=argv, default=default)
 
@@ -1380,7 +1380,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         if args.dry_run:
             print_plan(args, *set_up(args)[1:])
-        elif args.eval_only:
+        elif args.eval_only is not None:
             eval_only(args)
         else:
             train(args)

@@ -83,7 +83,7 @@ def shown(field: Hyperparameter, value) -> str:
         return "by device"
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, str):
+    if value is None or isinstance(value, str):
         return f"`{value}`" if value else "(empty)"
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 

@@ -89,6 +89,7 @@ BAD = [
     ("--env-id Pnog", "'Pnog'"),
     ("--env-id pong", "'pong'"),
     ("--env-id ", "--env-id ''"),
+    ("--eval-only ", "args.json: no arguments"),
     ("--env-id Pong/../../etc", "'Pong/../../etc'"),
     ("--env-id ALE/Nothing-v5", "'ALE/Nothing-v5'"),
     ("--env-id no_module:Game-v0", "no_module"),
@@ -99,7 +100,7 @@ BAD = [
         "--env-id 'P\N{LATIN SMALL LETTER O WITH DIAERESIS}ng'",
     ),
     ("--env-id CartPole-v1", "RGB frames"),
-    ("--env-id Pendulum-v1", "RGB frames"),
+    ("--env-id Pendulum-v1", "discrete actions are needed"),
     # what cannot be read
     ("--preset huge", "--preset"),
     ("--preset", "--preset"),
@@ -163,9 +164,9 @@ BAD = [
     ("--precision fp16", "--precision"),
     ("--latent-norm batch", "--latent-norm"),
     # folders
-    ("--eval-only nowhere", "nowhere holds no run"),
-    ("--eval-only nowhere --dry-run", "nowhere holds no run"),
-    ("--eval-only /proc/self/mem", "holds no run"),
+    ("--eval-only nowhere", "nowhere/args.json: no arguments"),
+    ("--eval-only nowhere --dry-run", "nowhere/args.json: no arguments"),
+    ("--eval-only /proc/self/mem", "/proc/self/mem/args.json: no arguments"),
     ("--eval-only RUN --final-episodes 1", "checkpoint.pt is missing"),
     ("--run-dir /proc/nothing/run", "cannot write"),
     ("--run-dir /dev/null/run", "cannot write"),
@@ -222,7 +223,7 @@ def make_run(folder, **changes):
 
 def checkpoint(run_args, **changes) -> dict:
     """As much of a checkpoint as is looked at before anything is built."""
-    return dict(script="jedi_atari", args=json.dumps(vars(run_args)), epoch=1) | changes
+    return dict(script="jedi_atari", args=json.dumps(vars(run_args)), epoch=1, agent={}) | changes
 
 
 def test_a_folder_with_a_run_is_not_overwritten(capsys, empty_folder):
@@ -244,8 +245,12 @@ def test_resume_with_another_argument_names_it(flag, capsys, empty_folder):
 def test_resume_of_a_finished_run_leaves_its_result(capsys, empty_folder):
     folder = make_run(empty_folder / "old")
     (folder / "result.json").write_text("{}")
-    assert "is finished" in refused(["--resume", "--run-dir", str(folder)], capsys)
+    for more in ([], ["--total-steps", "999"]):  # this one does not say how far it came
+        assert "is finished" in refused(["--resume", "--run-dir", str(folder), *more], capsys)
     assert (folder / "result.json").read_text() == "{}"
+    (folder / "result.json").write_text('{"env_steps": 130}')
+    (folder / "checkpoint.pt").unlink()  # there is nothing to go on from
+    assert "is finished" in refused(["--resume", "--run-dir", str(folder), *more], capsys)
 
 
 @pytest.mark.parametrize("flag", ["--run-dir", "--run_dir"])
@@ -289,10 +294,15 @@ def test_a_broken_checkpoint_is_named(capsys, empty_folder, content):
         assert not (empty_folder / "runs").exists()
 
 
-def test_a_file_of_another_program_is_no_checkpoint(capsys, empty_folder):
+@pytest.mark.parametrize(
+    "content",
+    [[], "args", {"model": {}}, {"args": {"lr": 1}}, {"args": None, "agent": {}, "script": ""}],
+)
+def test_a_file_of_another_program_is_no_checkpoint(content, capsys, empty_folder):
     folder = make_run(empty_folder / "old")
-    torch.save({"model": {}}, folder / "checkpoint.pt")
-    assert "no data" in refused(["--resume", "--run-dir", str(folder)], capsys)
+    torch.save(content, folder / "checkpoint.pt")
+    for argv in (["--resume", "--run-dir", str(folder)], ["--eval-only", str(folder)]):
+        assert "no data" in refused(argv, capsys)
 
 
 class Code:
@@ -333,8 +343,10 @@ def test_evaluation_of_another_game_is_refused(game, capsys, empty_folder):
         err = refused(["--eval-only", str(folder), "--env-id", game], capsys)
         assert "is a run of Krull" in err
     else:  # the same game, spelled otherwise, gets as far as the networks, which this run lacks
-        with pytest.raises(KeyError, match="agent"):
-            jedi.main(["--eval-only", str(folder), "--env-id", "KrullNoFrameskip-v4"])
+        with pytest.raises(RuntimeError, match="state_dict"):
+            jedi.eval_only(
+                jedi.parse_args(["--eval-only", str(folder), "--env-id", "KrullNoFrameskip-v4"])
+            )
     assert sorted(folder.iterdir()) == before
 
 
@@ -347,7 +359,7 @@ def test_a_run_begun_by_another_version_is_refused(key, capsys, empty_folder):
     (folder / "args.json").write_text(json.dumps(old))
     for argv in (["--resume", "--run-dir", str(folder)], ["--eval-only", str(folder)]):
         err = refused(argv, capsys)
-        assert "this script's version" in err and key in err
+        assert "this script's version" in err and key in err and "args.json" in err
     with pytest.raises(jedi.BadInput, match="was begun with no_more"):
         args = dataclasses.replace(jedi.Args(**MICRO), run_dir=str(folder), resume=True)
         jedi.save_checkpoint(folder, checkpoint(args, args=json.dumps(vars(args) | {"no_more": 1})))
@@ -359,7 +371,7 @@ def test_an_args_file_of_another_version_is_refused(text, capsys, empty_folder):
     folder = make_run(empty_folder / "old")
     (folder / "args.json").write_text(text)
     for argv in (["--resume", "--run-dir", str(folder)], ["--eval-only", str(folder)]):
-        assert "holds no run of this script's version" in refused(argv, capsys)
+        assert "args.json: no arguments of this script's version" in refused(argv, capsys)
 
 
 @pytest.mark.parametrize("version", [(2, 7, 18), (3, 10, 14), (3, 15, 0)])

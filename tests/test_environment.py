@@ -1,6 +1,7 @@
 """The environment against the bare emulator, and all 26 games."""
 
 import json
+import re
 
 import gymnasium as gym
 import numpy as np
@@ -239,7 +240,7 @@ def test_unsupported_environments_are_refused(micro, monkeypatch, observation, a
     spec = gym.envs.registration.EnvSpec("Toy-v0", entry_point=lambda: Toy(observation, action))
     monkeypatch.setitem(gym.registry, "Toy-v0", spec)
     with pytest.raises(jedi.BadInput, match=says):
-        jedi.make_env(replace(micro, env_id="Toy-v0"))
+        jedi.Collector(replace(micro, env_id="Toy-v0"))
 
 
 def test_a_name_that_the_module_does_not_know_brings_those_that_it_does(micro):
@@ -280,13 +281,32 @@ def register(monkeypatch, name: str, **options) -> str:
     return f"{name}-v0"
 
 
-@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("kind", ["floats", "grey", "four channels", "dictionary"])
+def test_frames_that_are_not_what_the_space_says_are_refused(micro, monkeypatch, kind):
+    """Floats from 0 to 1 would become black bytes without a word."""
+    change = {
+        "floats": lambda frame: frame / 255,
+        "grey": lambda frame: frame[..., 0],
+        "four channels": lambda frame: frame.repeat(2, axis=2)[..., :4],
+        "dictionary": lambda frame: {"rgb": frame},
+    }[kind]
+    step = Odd.step
+    monkeypatch.setattr(
+        Odd, "step", lambda self, a: (change((found := step(self, a))[0]), *found[1:])
+    )
+    collector = jedi.Collector(replace(micro, env_id=register(monkeypatch, "Odd")))
+    with pytest.raises(jedi.BadInput, match="not uint8 RGB frames"):
+        collector.step(None, jedi.ReplayBuffer(9, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), -float("inf"), 1e300])
 def test_a_reward_that_is_no_number_is_refused(micro, monkeypatch, reward):
     env = jedi.make_env(replace(micro, env_id=register(monkeypatch, "Odd", reward=reward)))
     env.reset(seed=0)
     for _ in range(4):
         env.step(0)
-    with pytest.raises(jedi.BadInput, match=f"a reward of {reward}; it must be a finite number"):
+    says = re.escape(f"a reward of {reward}; it must be a finite number")
+    with pytest.raises(jedi.BadInput, match=says):
         env.step(0)
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ import jedi_atari as jedi
 HERE = Path(__file__).resolve().parent
 SMALL = MICRO | dict(max_episode_steps=25, final_episodes=1, sample_steps=1)
 CATCH = dict(env_id="toys:Catch-v0")
+EMPTY = dict(script="jedi_atari", args='{"env_id": "Pong"}', agent={})  # what a checkpoint has
 # Kills are drawn from the first so many visits of each place; a whole run comes there at least as often.
 VISITS = dict(
     step=200,
@@ -376,7 +378,7 @@ def test_a_finished_run_is_refused(reference, tmp_path):
 @pytest.fixture(scope="module")
 def small_checkpoint(tmp_path_factory) -> tuple[Path, bytes]:
     folder = tmp_path_factory.mktemp("checkpoint")
-    content = dict(script="jedi_atari", args="{}", weights=torch.randn(50), numbers=[1, 2.5, "x"])
+    content = dict(EMPTY, weights=torch.randn(50), numbers=[1, 2.5, "x"])
     jedi.save_checkpoint(folder, content)
     return folder, (folder / "checkpoint.pt").read_bytes()
 
@@ -413,7 +415,7 @@ def test_a_checkpoint_with_any_byte_altered_is_named_or_the_same(small_checkpoin
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(small_checkpoint):
     folder, good = small_checkpoint
     (folder / "checkpoint.pt").write_bytes(good)
-    jedi.save_checkpoint(folder, dict(script="jedi_atari", args="{}", numbers=[2]))
+    jedi.save_checkpoint(folder, dict(EMPTY, numbers=[2]))
     previous = folder / "checkpoint.prev.pt"
     assert previous.read_bytes() == good
     assert jedi.load_checkpoint(folder)["numbers"] == [2]
@@ -461,6 +463,24 @@ def test_a_finished_run_trained_further_has_the_bits_of_a_longer_one(tmp_path):
     end(tmp_path / "r", outcome(tmp_path / "longer"), changes=longer)
     assert (tmp_path / "r" / "result_130.json").read_bytes() == first
     assert json.loads((tmp_path / "r" / "args.json").read_text())["total_steps"] == 170
+    # The checkpoint before knows of 130 steps only; the result says that 170 are done.
+    (tmp_path / "r" / "checkpoint.pt").write_bytes(b"")
+    status, err = run(tmp_path / "r", changes=longer)
+    assert status == 2 and "is finished" in err
+    assert (tmp_path / "r" / "result_130.json").read_bytes() == first
+
+
+def test_a_refused_extension_leaves_the_result(reference, tmp_path):
+    """Refused by the networks, which are loaded after all arguments were found right."""
+    shutil.copytree(reference[0], tmp_path / "r")
+    saved = jedi.load_checkpoint(tmp_path / "r")
+    saved["agent"].pop("encoder.layers.0.weight")
+    args = json.loads(saved["args"]) | dict(run_dir=str(tmp_path / "r"))
+    jedi.save_checkpoint(tmp_path / "r", saved | dict(args=json.dumps(args)))
+    before = {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()}
+    status, err = run(tmp_path / "r", changes=dict(total_steps=170))
+    assert status == 2 and "networks are of another game, size or script" in err
+    assert {p.name: p.read_bytes() for p in (tmp_path / "r").iterdir()} == before
 
 
 def test_after_its_last_epochs_a_run_goes_on_where_it_last_played(reference, tmp_path):
@@ -545,11 +565,16 @@ def test_a_renamed_script_carries_its_run_on(reference, tmp_path):
     folder = tmp_path / "a b'c"
     assert run(folder, "logged:5:9") == (-9, "")
     shutil.copy(jedi.__file__, folder / "my-fork.py")
+    (folder / "my-fork.py").chmod(0o755)
+    (folder / "jedi_atari.py").write_text("# the old one")
     words = ["--resume", *command_line(SMALL | {"run_dir": "."})]
     command = [sys.executable, "my-fork.py", *words]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert (folder / "my-fork.py").read_bytes() == Path(jedi.__file__).read_bytes()
+    # What lies there already is left as it is: the copy of what began the run, or a file of the user's.
+    assert (folder / "my-fork.py").stat().st_mode & 0o777 == 0o755
+    assert (folder / "jedi_atari.py").read_text() == "# the old one"
     found, expected = outcome(folder), dict(reference[1])
     expected["result"] = expected["result"] | dict(script="my-fork")
     assert found == expected
@@ -584,6 +609,14 @@ def test_host_data_stays_on_the_host(tmp_path):
 
 
 # --- who reads along goes away
+
+
+def test_a_closed_stderr_costs_nothing(tmp_path):
+    words = shlex.join(
+        [sys.executable, jedi.__file__, *command_line(SMALL | {"run_dir": tmp_path / "r"})]
+    )
+    done = subprocess.run(["sh", "-c", words + " 2>&-"], stdout=subprocess.DEVNULL, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "r" / "result.json").exists()
 
 
 def test_a_closed_pipe_is_one_line(reference, tmp_path):

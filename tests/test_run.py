@@ -300,12 +300,13 @@ def test_the_verdict_on_what_was_learned():
     ]
     for now, verdict in cases:
         text = jedi.compare(chance, now)
-        assert text.endswith(f"over {len(now)} games each: {verdict}")
+        assert text.endswith(f"over 26 and {len(now)} games: {verdict}")
         assert text.startswith("random play 2.00 (1.60 to 2.40), this agent ")
         if len(now) >= 20 and np.std(now):
             t = scipy.stats.ttest_ind(now, chance, equal_var=False).statistic
             assert (abs(t) > 3) == ("certain" in verdict)
     assert "this agent 4.00 (3.60 to 4.40)" in jedi.compare(chance, cases[0][0])
+    assert jedi.compare([0.0] * 3, [1.0] * 26).endswith("over 3 and 26 games: no clear difference")
     assert jedi.compare([0.0] * 40, [0.0] * 36 + [1.0] * 4).endswith("no clear difference")
     assert jedi.compare([0.0] * 40, [0.0] * 40).endswith("no clear difference")
 
@@ -381,7 +382,7 @@ def test_weights_and_biases_offline(tmp_path):
     words = command_line(MICRO | dict(run_dir=run_dir, total_steps=90, final_epochs=0))
     page = (ROOT / "docs" / "metrics.md").read_text()
     lines = re.search(r"```python\n(import wandb.*?)```", page, re.S)[1]
-    assert len(lines.splitlines()) == 3 and '["--env-id", "Pong"]' in lines
+    assert len(lines.split("\n")) < 6 and '["--env-id", "Pong"]' in lines
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= dict(WANDB_MODE="offline", HOME=str(tmp_path), PYTHONPATH=str(ROOT))
     command = [sys.executable, "-c", lines.replace('["--env-id", "Pong"]', repr(words))]
