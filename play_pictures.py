@@ -346,7 +346,7 @@ CURVES = {
     "loss": {
         "diffusion": "diffusion/loss", "reward and end": "reward/loss", "value": "policy/value_loss"
     },
-    "error of imagined latents / of 'nothing changes'": {
+    "prediction error / error of predicting no change": {
         "1 step ahead": "wm/open_loop_ratio_1", "5 steps ahead": "wm/open_loop_ratio_5",
         "15 steps ahead": "wm/open_loop_ratio_15",
     },
