@@ -273,13 +273,6 @@ def compiled() -> None:
     expect(graphs == [9, 0], "nine graphs are compiled, none in a second round")
 
 
-def imagine_cast_once(agent: jedi.Agent, *given, imagine=jedi.imagine) -> jedi.Imagined:
-    """As `imagine`, the denoiser's weights cast to bf16 once, not at each of its 45 calls."""
-    half = {n: p.bfloat16() for n, p in agent.denoiser.named_parameters() if p.ndim == 4}
-    with torch.nn.utils.stateless._reparametrize_module(agent.denoiser, half):
-        return imagine(agent, *given)
-
-
 def milliseconds() -> None:
     """Compiled networks inside graphs are no slower than eager; play and measuring go on."""
     count = 20 if CUDA else 1
@@ -291,8 +284,6 @@ def milliseconds() -> None:
     eager = Run(False, warm=1).milliseconds("eager", max(count // 4, 1))
     expect(ms <= eager or not CUDA, "compiled networks in graphs are no slower than eager")
     Run(True, warm=1).milliseconds("graphs", count)
-    with mock.patch.object(jedi, "imagine", imagine_cast_once):
-        Run(True, bf16=True, compiled=True, warm=1).milliseconds("cast_once", count)
 
 
 def rate(duration: float) -> float:

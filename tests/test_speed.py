@@ -218,7 +218,7 @@ def test_the_table_has_a_row_for_the_parts_of_a_run():
     assert speed.table(newer).splitlines()[-1] == row and "of it u" not in speed.table(older)
 
 
-def test_without_proc_what_is_not_known_is_null(monkeypatch):
+def test_without_proc_what_is_not_known_is_null(monkeypatch, capsys):
     """As on Windows and macOS: in the child, in its parent, in the table and in the JSON."""
     cpu = torch.device("cpu")
     assert speed.common.peak_memory(cpu) > 2**20 and speed.common.gib(5 * 2**28) == "1.25 GiB"
@@ -240,6 +240,10 @@ def test_without_proc_what_is_not_known_is_null(monkeypatch):
     done = SimpleNamespace(returncode=0, stdout="epoch\nnull\n")
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: done)
     assert speed.memory_in_child("jedi", speed.parse_args([])) is None
+    failed = SimpleNamespace(returncode=1, stdout="", stderr="no more memory\n")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: failed)
+    assert speed.memory_in_child("jedi", speed.parse_args([])) is None  # the times are kept
+    assert capsys.readouterr().err == "speed.py: no memory of jedi: no more memory\n"
     result = json.loads((ROOT / "results/speed/cpu.json").read_text())
     unknown = {
         "memory_bytes": dict.fromkeys(speed.SIDES),
