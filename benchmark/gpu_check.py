@@ -330,7 +330,9 @@ def learning() -> None:
 
 several_at_once.ready = functools.cache(Run)  # in each process once
 LIMITS = {machine: 60, eager_updates: 70, precision: 70, graphs: 110, compiled: 230}  # seconds
-CHECKS = dict(enumerate((LIMITS | {milliseconds: 170, several_at_once: 170, learning: 110}).items(), 1))
+CHECKS = dict(
+    enumerate((LIMITS | {milliseconds: 170, several_at_once: 170, learning: 110}).items(), 1)
+)
 
 
 def run_check(number: int, limit: float, log: Path) -> dict:
