@@ -144,7 +144,7 @@ class Args:
     learning_rate: float = num(1e-4, TINY, 1)  # of all three AdamW optimisers [D]
     encoder_lr_scale: float = num(0.3, TINY, 1_000)  # the encoder's rate over --learning-rate [P]
     warmup_updates: int = num(100, 0, MANY)  # linear learning-rate warm-up of each optimiser [D]
-    reward_noise: float = num(0.0, 0, 1_000)  # largest noise on the reward model's inputs [C]
+    reward_dreamed: float = num(0.0, 0, 1)  # share of reward windows of imagined latents [C]
     reward_window: int = num(15, 1, 1_000)  # frames after the context in a reward window [D]
     horizon: int = num(15, 1, 1_000)  # imagined steps per policy update [P, D]
     expected_reward: bool = False  # imagined rewards: R_psi's mean [C] rather than samples [D]
@@ -160,23 +160,22 @@ class Args:
 
 PRESETS: dict[str, dict] = {
     "paper": {},
-    "small": dict(
-        max_episode_steps=4_500, total_steps=10_800, first_steps_min=10_000, first_steps_max=10_000,
-        first_diffusion_updates=1_000, first_reward_updates=600, first_policy_updates=40,
-        epoch_steps=200, diffusion_updates=60, reward_updates=60, policy_updates=30,
-        final_epochs=0, batch_size=16, eval_every=2, eval_episodes=8,
-        encoder_width=16, denoiser_width=48, cond_dim=128, reward_width=16, lstm_size=128,
-        latent_norm="center", reward_noise=0.2, learning_rate=5e-4, encoder_lr_scale=0.06,
-        warmup_updates=20, reward_window=5, entropy_weight=0.03, horizon=10,
+    "tiny": dict(
+        max_episode_steps=600, total_steps=24_000, first_steps_min=15_000, first_steps_max=15_000,
+        first_diffusion_updates=500, first_reward_updates=300, first_policy_updates=100,
+        epoch_steps=500, diffusion_updates=60, reward_updates=40, policy_updates=100,
+        final_epochs=0, batch_size=16, eval_every=10, eval_episodes=10, final_episodes=40,
+        encoder_width=16, encoder_stride=2, denoiser_width=48, cond_dim=128, reward_width=16,
+        reward_blocks=3, lstm_size=128, latent_norm="center", target_frames=1, noise_mean=1.2,
+        sample_steps=1, learning_rate=1e-3, encoder_lr_scale=0.03, warmup_updates=20,
+        reward_window=5, horizon=10, expected_reward=True, gamma=0.95, entropy_weight=0.002,
     ),
 }  # fmt: skip
-PRESETS["tiny"] = PRESETS["small"] | dict(
-    max_episode_steps=600, total_steps=24_000, first_steps_min=15_000, first_steps_max=15_000,
-    first_diffusion_updates=500, first_reward_updates=300, first_policy_updates=100,
-    epoch_steps=500, policy_updates=100, reward_updates=40, eval_every=10, eval_episodes=10,
-    final_episodes=40, encoder_stride=2, reward_blocks=3, target_frames=1, noise_mean=1.2,
-    sample_steps=1, reward_noise=0.0, learning_rate=1e-3, encoder_lr_scale=0.03, gamma=0.95,
-    expected_reward=True, entropy_weight=0.002,
+PRESETS["small"] = PRESETS["tiny"] | dict(
+    max_episode_steps=4_500, total_steps=80_000, first_steps_min=20_000, first_steps_max=20_000,
+    first_diffusion_updates=1_500, first_reward_updates=800, first_policy_updates=300,
+    epoch_steps=1_000, diffusion_updates=100, reward_updates=80, policy_updates=150,
+    eval_every=5, final_episodes=100, learning_rate=3e-4, encoder_lr_scale=0.1, reward_dreamed=0.5,
 )  # fmt: skip
 
 
@@ -728,10 +727,11 @@ def diffusion_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, di
 def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, dict]:
     """Cross-entropy of the reward's sign and of the termination; trains R_psi and E_phi [P, D]."""
     z = agent.encode(batch.frames)
-    if args.reward_noise > 0:
+    if args.reward_dreamed > 0:
         # DEVIATION 8: trained on true latents alone, R_psi misses the rewards of imagined ones.
-        level = args.reward_noise * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
-        z = z + level * torch.randn(z.shape, device=z.device)
+        dreamed = open_loop(agent, z.detach(), batch.actions, args.reward_window, args)
+        chosen = torch.rand(len(z), 1, 1, 1, 1, device=z.device) < args.reward_dreamed
+        z = torch.where(chosen, dreamed, z)
     reward_logits, end_logits = agent.reward(z, batch.actions[:, :-1])
     sign, end = batch.rewards[:, :-1].sign().long(), batch.ends[:, :-1].long()
     # (B, T, K) logits -> (B, K, T), as cross_entropy wants its classes
@@ -953,8 +953,15 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
     ):
         found[key] = (hits & of).sum().item() / of.sum().item() if of.any() else None
     found["rewarded_steps"] = (sign != 0).sum().item()
+    n, longest = args.context_frames, int(heldout.lengths.max())
+    # Rewards a step, clipped: what the dream pays the policy from where it then really played on.
+    found["imagined_minus_real"] = found["open_loop_ratio"] = None
+    windows = heldout.all_windows(n + args.horizon, stride=1, count=256)
+    if len(windows.frames):
+        dream, real = imagine(agent, Windows(*(x[:, :n] for x in windows)), args), windows.rewards
+        imagined = masked_mean(dream.rewards, dream.alive)
+        found["imagined_minus_real"] = (imagined - real[:, n - 1 : -1].sign().mean()).item()
     # Imagined with the recorded actions: errors, and R_psi's probability of the true reward.
-    n, longest, found["open_loop_ratio"] = args.context_frames, int(heldout.lengths.max()), None
     steps = min(MAX_OPEN_LOOP, longest - n)
     if steps > 0:
         windows = heldout.all_windows(n + steps, stride=1, count=64)
