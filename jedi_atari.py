@@ -92,7 +92,7 @@ class Args:
     """JEDI: learn an Atari game from 100k steps inside a latent diffusion world model."""
 
     env_id: str = "Pong"  # Pong, ALE/Pong-v5, PongNoFrameskip-v4, or any registered RGB environment
-    preset: Literal["paper", "tiny", "small"] = "paper"  # set of defaults; tiny: minutes on a CPU
+    preset: Literal["paper", "tiny", "small"] = "paper"  # CPU: tiny 5 minutes, small 40
     seed: int = num(0, 0, 2**31 - 1)  # of networks, draws and game; same seed, same run on a CPU
     threads: int = num(0, 0, 1_000)  # CPU threads of PyTorch; 0 leaves its default, all cores
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU where there is one
@@ -729,6 +729,7 @@ def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[T
     z = agent.encode(batch.frames)
     if args.reward_dreamed > 0:
         # DEVIATION 8: trained on true latents alone, R_psi misses the rewards of imagined ones.
+        # No gradient: R_psi learns to read the dream, the encoder must not learn to suit it.
         dreamed = open_loop(agent, z.detach(), batch.actions, args.reward_window, args)
         chosen = torch.rand(len(z), 1, 1, 1, 1, device=z.device) < args.reward_dreamed
         z = torch.where(chosen, dreamed, z)
@@ -737,11 +738,9 @@ def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[T
     # (B, T, K) logits -> (B, K, T), as cross_entropy wants its classes
     reward_error = F.cross_entropy(reward_logits.transpose(1, 2), sign + 1, reduction="none")
     end_error = F.cross_entropy(end_logits.transpose(1, 2), end, reduction="none")
-    reward_loss = masked_mean(reward_error, batch.mask)
-    end_loss = masked_mean(end_error, batch.mask)
-    loss = reward_loss + end_loss
-    metrics = dict(loss=loss, reward_loss=reward_loss, end_loss=end_loss)
-    return loss, {key: value.detach() for key, value in metrics.items()}
+    reward_loss, end_loss = (masked_mean(x, batch.mask) for x in (reward_error, end_error))
+    metrics = dict(loss=reward_loss + end_loss, reward_loss=reward_loss, end_loss=end_loss)
+    return metrics["loss"], {key: value.detach() for key, value in metrics.items()}
 
 
 # ---- 7. Imagination and the actor-critic ---------------------------------------------------------
@@ -940,8 +939,8 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
     energy = torch.linalg.svdvals((z - z.mean(0)).double()).square()
     rank = torch.special.entr(energy / energy.sum()).sum().exp().item()
     found["latent_effective_rank"] = rank if found["latent_change_std"] > 1e-6 else None  # a still
-    length = min(args.context_frames + args.reward_window, int(heldout.lengths.max()))
-    windows = heldout.all_windows(length, stride=length - 1)
+    n, longest = args.context_frames, int(heldout.lengths.max())
+    windows = heldout.all_windows(length := min(n + args.reward_window, longest), length - 1)
     sign, end = windows.rewards[:, :-1].sign(), windows.ends[:, :-1]
     logits = agent.reward(agent.encode(windows.frames), windows.actions[:, :-1])
     guess, end_guess = (x.argmax(-1) for x in logits)
@@ -953,16 +952,14 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
     ):
         found[key] = (hits & of).sum().item() / of.sum().item() if of.any() else None
     found["rewarded_steps"] = (sign != 0).sum().item()
-    n, longest = args.context_frames, int(heldout.lengths.max())
-    # Rewards a step, clipped: what the dream pays the policy from where it then really played on.
     found["imagined_minus_real"] = found["open_loop_ratio"] = None
+    # What the policy's dreams pay a step, less what the game then paid it (clipped).
     windows = heldout.all_windows(n + args.horizon, stride=1, count=256)
     if len(windows.frames):
-        dream, real = imagine(agent, Windows(*(x[:, :n] for x in windows)), args), windows.rewards
-        imagined = masked_mean(dream.rewards, dream.alive)
-        found["imagined_minus_real"] = (imagined - real[:, n - 1 : -1].sign().mean()).item()
-    # Imagined with the recorded actions: errors, and R_psi's probability of the true reward.
-    steps = min(MAX_OPEN_LOOP, longest - n)
+        dream = imagine(agent, Windows(*(x[:, :n] for x in windows)), args)
+        real = windows.rewards[:, n - 1 : -1].sign().mean()
+        found["imagined_minus_real"] = (masked_mean(dream.rewards, dream.alive) - real).item()
+    steps = min(MAX_OPEN_LOOP, longest - n)  # from here on imagined with the recorded actions
     if steps > 0:
         windows = heldout.all_windows(n + steps, stride=1, count=64)
         z = agent.encode(windows.frames)
@@ -971,11 +968,10 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
         if no_change.min() > TINY:  # else a still picture: there is nothing to predict
             found["open_loop_ratio"] = (error / no_change).tolist()
     windows = heldout.all_windows(min(n + 5, longest), stride=1, count=64, rewarded=True)
-    true = agent.encode(windows.frames)
     for k in (0, 1, 3, 5):
         found[f"reward_prob_{k}"] = None
         if n + k <= longest and len(windows.frames):
-            z = open_loop(agent, true, windows.actions, k, args)
+            z = open_loop(agent, agent.encode(windows.frames), windows.actions, k, args)
             logits, _ = agent.reward(z, windows.actions[:, :-1])
             sign = windows.rewards[:, -2:-1].sign().long() + 1
             found[f"reward_prob_{k}"] = logits[:, -1].softmax(-1).gather(1, sign).mean().item()
@@ -1151,11 +1147,9 @@ def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, number, arg
 
 
 class Recorded:
-    """An update as one CUDA graph: the host launches it at once, not thousands of kernels one by
-    one; on a CPU, or not `active`, it runs as written. A graph keeps to its memory and its path: an
-    update uses tensors that stay where they are, and numbers that never change. What changes is on
-    the device (`number`, `replay.count`) or in `key`, at whose change all is recorded anew. The
-    random numbers are those of the update as written; the next call overwrites the result."""
+    """An update as one CUDA graph: launched at once, not as thousands of kernels one by one; on a
+    CPU, or not `active`, it runs as written. What changes from call to call is on the device
+    (`number`, `replay.count`) or in `key`: then it is recorded anew. A call overwrites the last."""
 
     WARM_UP = 3  # calls as written first: they compile, choose algorithms, make AdamW's state
 
@@ -1272,7 +1266,6 @@ def train(args: Args) -> dict:
             while collector.steps < (steps or collector.first_goal()):
                 games += collector.step(agent if epoch else None, replay)
             state["first_steps"] = collector.steps if epoch == 0 else state["first_steps"]
-
             for part in progress(parts, desc=f"{title} update"):
                 found = steps_of[part](state["updates"][part])
                 sums |= {(part, k): sums.get((part, k), 0) + v for k, v in found.items()}

@@ -95,7 +95,7 @@ class Args:
     """JEDI: learn an Atari game from 100k steps inside a latent diffusion world model."""
 
     env_id: str = "Pong"  # Pong, ALE/Pong-v5, PongNoFrameskip-v4, or any registered RGB environment
-    preset: Literal["paper", "tiny", "small"] = "paper"  # set of defaults; tiny: minutes on a CPU
+    preset: Literal["paper", "tiny", "small"] = "paper"  # CPU: tiny 5 minutes, small 40
     seed: int = num(0, 0, 2**31 - 1)  # of networks, draws and game; same seed, same run on a CPU
     threads: int = num(0, 0, 1_000)  # CPU threads of PyTorch; 0 leaves its default, all cores
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU where there is one
@@ -149,7 +149,7 @@ class Args:
     learning_rate: float = num(1e-4, TINY, 1)  # of all three AdamW optimisers [D]
     encoder_lr_scale: float = num(0.3, TINY, 1_000)  # the encoder's rate over --learning-rate [P]
     warmup_updates: int = num(100, 0, MANY)  # linear learning-rate warm-up of each optimiser [D]
-    reward_noise: float = num(0.0, 0, 1_000)  # largest noise on the reward model's inputs [C]
+    reward_dreamed: float = num(0.0, 0, 1)  # share of reward windows of imagined latents [C]
     reward_window: int = num(15, 1, 1_000)  # frames after the context in a reward window [D]
     horizon: int = num(15, 1, 1_000)  # imagined steps per policy update [P, D]
     expected_reward: bool = False  # imagined rewards: R_psi's mean [C] rather than samples [D]
@@ -165,23 +165,22 @@ class Args:
 
 PRESETS: dict[str, dict] = {
     "paper": {},
-    "small": dict(
-        max_episode_steps=4_500, total_steps=10_800, first_steps_min=10_000, first_steps_max=10_000,
-        first_diffusion_updates=1_000, first_reward_updates=600, first_policy_updates=40,
-        epoch_steps=200, diffusion_updates=60, reward_updates=60, policy_updates=30,
-        final_epochs=0, batch_size=16, eval_every=2, eval_episodes=8,
-        encoder_width=16, denoiser_width=48, cond_dim=128, reward_width=16, lstm_size=128,
-        latent_norm="center", reward_noise=0.2, learning_rate=5e-4, encoder_lr_scale=0.06,
-        warmup_updates=20, reward_window=5, entropy_weight=0.03, horizon=10,
+    "tiny": dict(
+        max_episode_steps=600, total_steps=24_000, first_steps_min=15_000, first_steps_max=15_000,
+        first_diffusion_updates=500, first_reward_updates=300, first_policy_updates=100,
+        epoch_steps=500, diffusion_updates=60, reward_updates=40, policy_updates=100,
+        final_epochs=0, batch_size=16, eval_every=10, eval_episodes=10, final_episodes=40,
+        encoder_width=16, encoder_stride=2, denoiser_width=48, cond_dim=128, reward_width=16,
+        reward_blocks=3, lstm_size=128, latent_norm="center", target_frames=1, noise_mean=1.2,
+        sample_steps=1, learning_rate=1e-3, encoder_lr_scale=0.03, warmup_updates=20,
+        reward_window=5, horizon=10, expected_reward=True, gamma=0.95, entropy_weight=0.002,
     ),
 }  # fmt: skip
-PRESETS["tiny"] = PRESETS["small"] | dict(
-    max_episode_steps=600, total_steps=24_000, first_steps_min=15_000, first_steps_max=15_000,
-    first_diffusion_updates=500, first_reward_updates=300, first_policy_updates=100,
-    epoch_steps=500, policy_updates=100, reward_updates=40, eval_every=10, eval_episodes=10,
-    final_episodes=40, encoder_stride=2, reward_blocks=3, target_frames=1, noise_mean=1.2,
-    sample_steps=1, reward_noise=0.0, learning_rate=1e-3, encoder_lr_scale=0.03, gamma=0.95,
-    expected_reward=True, entropy_weight=0.002,
+PRESETS["small"] = PRESETS["tiny"] | dict(
+    max_episode_steps=4_500, total_steps=80_000, first_steps_min=20_000, first_steps_max=20_000,
+    first_diffusion_updates=1_500, first_reward_updates=800, first_policy_updates=300,
+    epoch_steps=1_000, diffusion_updates=100, reward_updates=80, policy_updates=150,
+    eval_every=5, final_episodes=100, learning_rate=3e-4, encoder_lr_scale=0.1, reward_dreamed=0.5,
 )  # fmt: skip
 
 
@@ -738,20 +737,20 @@ def diffusion_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, di
 def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[Tensor, dict]:
     """Cross-entropy of the reward's sign and of the termination; trains R_psi and E_phi [P, D]."""
     z = agent.encode(batch.frames)
-    if args.reward_noise > 0:
+    if args.reward_dreamed > 0:
         # DEVIATION 8: trained on true latents alone, R_psi misses the rewards of imagined ones.
-        level = args.reward_noise * torch.rand(len(z), 1, 1, 1, 1, device=z.device)
-        z = z + level * torch.randn(z.shape, device=z.device)
+        # No gradient: R_psi learns to read the dream, the encoder must not learn to suit it.
+        dreamed = open_loop(agent, z.detach(), batch.actions, args.reward_window, args)
+        chosen = torch.rand(len(z), 1, 1, 1, 1, device=z.device) < args.reward_dreamed
+        z = torch.where(chosen, dreamed, z)
     reward_logits, end_logits = agent.reward(z, batch.actions[:, :-1])
     sign, end = batch.rewards[:, :-1].sign().long(), batch.ends[:, :-1].long()
     # (B, T, K) logits -> (B, K, T), as cross_entropy wants its classes
     reward_error = F.cross_entropy(reward_logits.transpose(1, 2), sign + 1, reduction="none")
     end_error = F.cross_entropy(end_logits.transpose(1, 2), end, reduction="none")
-    reward_loss = masked_mean(reward_error, batch.mask)
-    end_loss = masked_mean(end_error, batch.mask)
-    loss = reward_loss + end_loss
-    metrics = dict(loss=loss, reward_loss=reward_loss, end_loss=end_loss)
-    return loss, {key: value.detach() for key, value in metrics.items()}
+    reward_loss, end_loss = (masked_mean(x, batch.mask) for x in (reward_error, end_error))
+    metrics = dict(loss=reward_loss + end_loss, reward_loss=reward_loss, end_loss=end_loss)
+    return metrics["loss"], {key: value.detach() for key, value in metrics.items()}
 
 
 # ---- 7. Imagination and the actor-critic ---------------------------------------------------------
@@ -950,8 +949,8 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
     energy = torch.linalg.svdvals((z - z.mean(0)).double()).square()
     rank = torch.special.entr(energy / energy.sum()).sum().exp().item()
     found["latent_effective_rank"] = rank if found["latent_change_std"] > 1e-6 else None  # a still
-    length = min(args.context_frames + args.reward_window, int(heldout.lengths.max()))
-    windows = heldout.all_windows(length, stride=length - 1)
+    n, longest = args.context_frames, int(heldout.lengths.max())
+    windows = heldout.all_windows(length := min(n + args.reward_window, longest), length - 1)
     sign, end = windows.rewards[:, :-1].sign(), windows.ends[:, :-1]
     logits = agent.reward(agent.encode(windows.frames), windows.actions[:, :-1])
     guess, end_guess = (x.argmax(-1) for x in logits)
@@ -963,9 +962,14 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
     ):
         found[key] = (hits & of).sum().item() / of.sum().item() if of.any() else None
     found["rewarded_steps"] = (sign != 0).sum().item()
-    # Imagined with the recorded actions: errors, and R_psi's probability of the true reward.
-    n, longest, found["open_loop_ratio"] = args.context_frames, int(heldout.lengths.max()), None
-    steps = min(MAX_OPEN_LOOP, longest - n)
+    found["imagined_minus_real"] = found["open_loop_ratio"] = None
+    # What the policy's dreams pay a step, less what the game then paid it (clipped).
+    windows = heldout.all_windows(n + args.horizon, stride=1, count=256)
+    if len(windows.frames):
+        dream = imagine(agent, Windows(*(x[:, :n] for x in windows)), args)
+        real = windows.rewards[:, n - 1 : -1].sign().mean()
+        found["imagined_minus_real"] = (masked_mean(dream.rewards, dream.alive) - real).item()
+    steps = min(MAX_OPEN_LOOP, longest - n)  # from here on imagined with the recorded actions
     if steps > 0:
         windows = heldout.all_windows(n + steps, stride=1, count=64)
         z = agent.encode(windows.frames)
@@ -974,11 +978,10 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
         if no_change.min() > TINY:  # else a still picture: there is nothing to predict
             found["open_loop_ratio"] = (error / no_change).tolist()
     windows = heldout.all_windows(min(n + 5, longest), stride=1, count=64, rewarded=True)
-    true = agent.encode(windows.frames)
     for k in (0, 1, 3, 5):
         found[f"reward_prob_{k}"] = None
         if n + k <= longest and len(windows.frames):
-            z = open_loop(agent, true, windows.actions, k, args)
+            z = open_loop(agent, agent.encode(windows.frames), windows.actions, k, args)
             logits, _ = agent.reward(z, windows.actions[:, :-1])
             sign = windows.rewards[:, -2:-1].sign().long() + 1
             found[f"reward_prob_{k}"] = logits[:, -1].softmax(-1).gather(1, sign).mean().item()
@@ -1154,11 +1157,9 @@ def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, number, arg
 
 
 class Recorded:
-    """An update as one CUDA graph: the host launches it at once, not thousands of kernels one by
-    one; on a CPU, or not `active`, it runs as written. A graph keeps to its memory and its path: an
-    update uses tensors that stay where they are, and numbers that never change. What changes is on
-    the device (`number`, `replay.count`) or in `key`, at whose change all is recorded anew. The
-    random numbers are those of the update as written; the next call overwrites the result."""
+    """An update as one CUDA graph: launched at once, not as thousands of kernels one by one; on a
+    CPU, or not `active`, it runs as written. What changes from call to call is on the device
+    (`number`, `replay.count`) or in `key`: then it is recorded anew. A call overwrites the last."""
 
     WARM_UP = 3  # calls as written first: they compile, choose algorithms, make AdamW's state
 
@@ -1275,7 +1276,6 @@ def train(args: Args) -> dict:
             while collector.steps < (steps or collector.first_goal()):
                 games += collector.step(agent if epoch else None, replay)
             state["first_steps"] = collector.steps if epoch == 0 else state["first_steps"]
-
             for part in progress(parts, desc=f"{title} update"):
                 found = steps_of[part](state["updates"][part])
                 sums |= {(part, k): sums.get((part, k), 0) + v for k, v in found.items()}

@@ -62,10 +62,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Sizes for a small machine with the papers' choices: what the variants are changed from, but for --base.
 BASES = {"centred": dict(latent_norm="center"), "plain": dict(latent_norm="none")}
-COMMON = jedi.PRESETS["small"] | common.NARROW
-COMMON |= dict(
+COMMON = common.NARROW | dict(
     epoch_steps=150, diffusion_updates=40, reward_updates=40, policy_updates=10, eval_every=10,
-    reward_noise=0.0, entropy_weight=0.001, horizon=8,
+    entropy_weight=0.001, horizon=8,
 )  # fmt: skip
 
 
@@ -233,7 +232,7 @@ VARIANTS: dict[str, Variant] = {
     "no group norm before the reward LSTM": Variant(change=unnormalised_rewards),
     "sigma_data 1": Variant({"sigma_data": 1.0}),
     "no offset noise": Variant({"sigma_offset": 0.0}),
-    "reward noise 0.2": Variant({"reward_noise": 0.2}),
+    "half of the reward windows imagined": Variant({"reward_dreamed": 0.5}),
     "encoder 10 times as fast": Variant({"encoder_lr_scale": 0.3}),
     "sampler starts at sigma_max 5": Variant({"sample_start": "sigma_max"}),
     "sampler starts at sigma_max 20": Variant(

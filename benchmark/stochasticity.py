@@ -154,7 +154,7 @@ def spread(agent: jedi.Agent, moments: list[Situation], args: jedi.Args) -> dict
 def measure(game: str, chance: str, options: argparse.Namespace) -> list[dict]:
     """All settings on one game."""
     begun = time.monotonic()
-    sizes = jedi.PRESETS["small"] | common.NARROW | CHANCE[chance]
+    sizes = common.NARROW | CHANCE[chance]
     args = jedi.Args(**sizes, env_id=game, compile=False)
     agent, loss = train_world_model(args, options.updates, options.steps)
     heldout = common.play(jedi, agent, args, 1_000 + args.seed, 1_000)

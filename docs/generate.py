@@ -169,12 +169,19 @@ class Walk:
         return agent
 
 
+NARROW = dict(
+    batch_size=16, encoder_width=16, denoiser_width=48, cond_dim=128, reward_width=16, lstm_size=128,
+    latent_norm="center", learning_rate=5e-4, encoder_lr_scale=0.06, warmup_updates=20, reward_window=5,
+    entropy_weight=0.03, horizon=10,
+)  # fmt: skip
+
+
 def begin_walk() -> Walk:
-    """A fresh agent of the small preset's sizes, and some random play of Pong."""
+    """A fresh agent with narrow networks, and some random play of Pong."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     changes = dict(device="cpu", compile=False, threads=1, max_episode_steps=GAME_LENGTH)
-    args = jedi.Args(**jedi.PRESETS["small"] | changes)
+    args = jedi.Args(**NARROW | changes)
     torch.manual_seed(args.seed)
     collector, replay = jedi.Collector(args), jedi.ReplayBuffer(2 * STEPS, CPU)
     agent = jedi.Agent(int(collector.env.action_space.n), args)
@@ -492,7 +499,7 @@ advantage is a weight: neither passes a gradient on to the value, and nothing re
 
 Each `update` clips the gradient and makes one step of AdamW (`make_optimizer`). `make_schedule` says which updates an
 epoch makes after its play: {args.diffusion_updates} of diffusion, with {args.reward_updates} of reward between their two halves, then
-{args.policy_updates} of policy in the small preset. What they log is in [metrics.md](metrics.md).
+{args.policy_updates} of policy. What they log is in [metrics.md](metrics.md).
 """
 
 
@@ -502,8 +509,8 @@ def walkthrough_page() -> str:
 
 For a reader with the paper and [`jedi_atari.py`](../jedi_atari.py) side by side: what the first updates of a run do to
 a batch of real Pong, with the shapes and numbers that come out. `python docs/generate.py` makes this page: it plays and
-trains from seed 0, on one CPU thread in float32, with the sizes of `--preset small` (encoder {walk.args.encoder_width}
-wide, denoiser {walk.args.denoiser_width}). Numbers have three digits; 0 means exactly 0. Symbols are those at the top of
+trains from seed 0, on one CPU thread in float32, with narrow networks (encoder {walk.args.encoder_width}
+wide, denoiser {walk.args.denoiser_width}), centred latents and a higher learning rate. Numbers have three digits; 0 means exactly 0. Symbols are those at the top of
 the file: z latent, sigma noise level, D denoiser, F its inner network, B batch, T time, H horizon.
 """
     text = [head, *(make(walk) for make in (walk_window, walk_latents, walk_loss))]

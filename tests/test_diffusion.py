@@ -294,6 +294,47 @@ def test_the_reward_loss_reaches_the_encoder(agent, micro):
     assert encoder_gradient(loss, agent) > 0
 
 
+def test_imagined_reward_windows_against_a_loop(agent, micro):
+    """Every latent after the context is sampled from the four before it; only R_psi learns from such a window."""
+    args, n = replace(micro, reward_dreamed=1.0), micro.context_frames
+    batch = random_windows(args, n + args.reward_window)
+    batch = batch._replace(mask=batch.mask[:, 1:])
+    torch.manual_seed(3)
+    loss, _ = jedi.reward_termination_loss(agent, batch, args)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        z = agent.encode(batch.frames)
+        for t in range(n, z.shape[1]):
+            z[:, t] = jedi.sample_next_latent(
+                agent, z[:, t - n : t], batch.actions[:, t - n : t], args
+            )
+        reward_logits, end_logits = agent.reward(z, batch.actions[:, :-1])
+        expected = torch.nn.functional.nll_loss(
+            reward_logits.log_softmax(-1).flatten(0, 1),
+            batch.rewards[:, :-1].flatten().sign().long() + 1,
+        ) + torch.nn.functional.nll_loss(
+            end_logits.log_softmax(-1).flatten(0, 1), batch.ends[:, :-1].flatten().long()
+        )
+    torch.testing.assert_close(loss.detach(), expected)
+    assert encoder_gradient(loss, agent) == 0
+    assert all(p.grad is None for p in agent.denoiser.parameters())
+    assert all(p.grad.any() for p in agent.reward.parameters())
+
+
+def test_a_share_of_the_reward_windows_is_imagined_from_end_to_end(agent, micro, monkeypatch):
+    """Each window wholly or not at all; its context is always real."""
+    args, n, seen = replace(micro, reward_dreamed=0.25), micro.context_frames, []
+    batch, reward = random_windows(args, n + args.reward_window, batch=100), agent.reward.forward
+    batch = batch._replace(mask=batch.mask[:, 1:])
+    monkeypatch.setattr(
+        agent.reward, "forward", lambda z, a: seen.append(z.detach()) or reward(z, a)
+    )
+    jedi.reward_termination_loss(agent, batch, args)
+    same = (seen[0] == agent.encode(batch.frames).detach()).flatten(2).all(2)
+    assert same[:, :n].all() and (same[:, n:].all(1) | ~same[:, n:].any(1)).all()
+    assert (~same[:, n]).float().mean() == pytest.approx(0.25, abs=0.15)
+
+
 def contexts_seen(agent, args, monkeypatch) -> list[torch.Tensor]:
     """The newest context latent of the second target, over many batches, with the encoder's own beside it."""
     seen, forward = [], agent.denoiser.forward

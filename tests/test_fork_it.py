@@ -228,11 +228,10 @@ def test_the_other_encoder_keeps_its_shapes(fork):
 
 def test_one_step_is_one_call_of_the_denoiser(fork, monkeypatch):
     script = fork("one_step")
-    assert script.PRESETS["one_step"] == jedi.PRESETS["small"] | {"sample_steps": 1}
     by_preset, by_flag = (
-        script.parse_args(f"--preset {x}".split()) for x in ("one_step", "small --sample-steps 1")
+        script.parse_args(f"--preset {x}".split()) for x in ("one_step", "paper --sample-steps 1")
     )
-    assert dataclasses.replace(by_preset, preset="small") == by_flag
+    assert dataclasses.replace(by_preset, preset="paper") == by_flag
     calls, denoised, agent = [], [], script.Agent(5, by_flag)
     forward, clamp = agent.denoiser.forward, agent.norm.clamp
     monkeypatch.setattr(agent.denoiser, "forward", lambda *a: calls.append(1) or forward(*a))

@@ -1,4 +1,4 @@
-"""`benchmark/improvement.py`: intervals against closed forms, random play of the real game, table and picture."""
+"""`benchmark/improvement.py`: intervals against closed forms, table and pictures of a real run."""
 
 import json
 import os
@@ -40,116 +40,86 @@ def test_improved_needs_intervals_that_do_not_touch(shift, certain):
     assert improvement.improved(list(trained), list(chance)) is certain
 
 
-def test_random_play_of_pong_is_the_published_one(tmp_path):
-    """Pong's published random score is -20.7; a game of random play ends between -21 and about -18."""
-    args = jedi.Args(**MICRO | dict(env_id="Pong", max_episode_steps=27_000))
-    played = improvement.random_play(args, 2)
-    assert (
-        -21 <= played["mean_return"] <= -18.5
-        and len(played["returns"]) == len(played["lengths"]) == 2
-    )
-    assert min(played["lengths"]) > 700 and played["mean_return"] == np.mean(played["returns"])
-    assert improvement.random_play(args, 1)["returns"] == played["returns"][:1]
+@pytest.mark.parametrize(
+    ("game", "length", "shown"),
+    [("Krull", 90, "0.50"), ("Krull", 100, "cut"), ("toys:Catch-v0", 90, "-")],
+)
+def test_human_normalised_is_for_whole_games_with_a_published_score(game, length, shown):
+    """Krull's published scores: random play 1,598, a person 2,665.5."""
+    result = dict(env_id=game, mean_return=(1598 + 2665.5) / 2, lengths=[5, length])
+    assert improvement.human_normalised(result | {"args": {"max_episode_steps": 100}}) == shown
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A real, very small run and random play cut at the same length."""
+    """A real, very small run."""
     folder = tmp_path_factory.mktemp("improvement")
-    args = jedi.Args(
-        **MICRO | dict(env_id="Krull", seed=3, run_dir=str(folder / "runs/Krull/seed3"))
-    )
-    jedi.train(args)
-    (folder / "random").mkdir()
-    played = improvement.random_play(args, 3)
-    jedi.write_atomically(folder / "random/Krull.json", played)
-    result = json.loads((folder / "runs/Krull/seed3/result.json").read_text())
-    del result["returns_random"]  # runs once held none
-    (folder / "old").mkdir()
-    jedi.write_atomically(folder / "old/result.json", result)
-    shutil.copy(folder / "runs/Krull/seed3/metrics.jsonl", folder / "old")
+    jedi.train(jedi.Args(**MICRO | dict(env_id="Krull", seed=3, run_dir=str(folder / "seed3"))))
     return folder
 
 
 def test_table_and_picture_of_a_real_run(runs, capsys):
-    argv = [str(runs / "old"), "--random-play", str(runs / "random")]
-    assert improvement.main(argv) == 0
-    random = json.loads((runs / "random/Krull.json").read_text())["returns"]
-    assert f"| {improvement.with_interval(random)} |" in capsys.readouterr().out
-    assert improvement.main([str(runs / "runs")]) == 0
-    text = capsys.readouterr().out
-    result = json.loads((runs / "runs/Krull/seed3/result.json").read_text())
-    assert (
-        "| Krull | 3 |" in text and f"{result['mean_return']:,.1f} (" in text and "| 3, 3 |" in text
+    assert improvement.main([str(runs)]) == 0
+    text, result = capsys.readouterr().out, json.loads((runs / "seed3/result.json").read_text())
+    random, trained = (
+        improvement.with_interval(result[key]) for key in ("returns_random", "returns")
     )
-    assert f"| {improvement.with_interval(result['returns_random'])} |" in text
-    assert (runs / "runs/improvement.md").read_text() == text
-    assert cv2.imread(str(runs / "runs/improvement.png")).std() > 10
+    assert text.splitlines()[2].startswith(f"| Krull | 3 | {random} | {trained} | 3, 3 | ")
+    assert " | cut | 130 | " in text and (runs / "improvement.md").read_text() == text
+    assert cv2.imread(str(runs / "improvement.png")).std() > 10
 
-    rows = (runs / "runs/health.md").read_text().splitlines()[2:]
+    rows = (runs / "health.md").read_text().splitlines()[2:]
     assert rows[0].startswith("| Krull | 3 | 0, 0, 0 |")
     updates = ", ".join(str(result["updates"][name]) for name in ("diffusion", "reward", "policy"))
     measures, ratio = result["measures"], result["open_loop_ratio"]
-    assert rows[-1].startswith(f"| Krull | 3 | {updates} | {measures['latent_std']:.2f} |")
+    mean, std = f"{result['mean_return']:,.1f}", f"{measures['latent_std']:.2f}"
+    assert rows[-1].startswith(f"| Krull | 3 | {updates} | {mean} | {std} |")
     assert f"| {ratio[0]:.2f}, {ratio[4]:.2f}, {ratio[14]:.2f} |" in rows[-1]
-    shown = [
-        f"{measures[f'reward_prob_{k}']:.2f}"
-        for k in (0, 1, 3, 5)
-        if measures[f"reward_prob_{k}"] is not None
-    ]
-    assert rows[-1].endswith(", ".join(shown) + " |" if len(shown) == 4 else "no data |")
+    assert rows[-1].endswith(f" | {measures['imagined_minus_real']:+.3f} |")
 
 
 def test_nothing_that_is_missing_costs_the_table(runs, tmp_path):
     """A notebook's backend of matplotlib, a measure that is null, a result of something else."""
-    shutil.copytree(runs / "runs/Krull/seed3", tmp_path / "run")
+    shutil.copytree(runs / "seed3", tmp_path / "run")
     result = json.loads((tmp_path / "run/result.json").read_text())
     nothing = dict.fromkeys(("peak_memory_bytes", "reward_recall", "open_loop_ratio"))
+    lines = (tmp_path / "run/metrics.jsonl").read_text().replace("imagined_minus_real", "unknown")
+    (tmp_path / "run/metrics.jsonl").write_text(lines)
     jedi.write_atomically(tmp_path / "run/result.json", result | nothing)
+    (tmp_path / "old").mkdir()
+    jedi.write_atomically(tmp_path / "old/result.json", result | {"returns_random": []})
     (tmp_path / "other").mkdir()
     (tmp_path / "other/result.json").write_text('{"half": ')
     command = [sys.executable, str(ROOT / "benchmark/improvement.py"), str(tmp_path)]
     env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith(f"left out: {tmp_path}/other/result.json is cut off")
-    assert done.stdout.splitlines()[2].endswith(" | - |") and "| no data |" in done.stdout
+    assert done.returncode == 0 and done.stderr.count("\n") == 2, done.stderr
+    assert done.stderr.startswith(f"left out: {tmp_path}/old/result.json holds no returns_random")
+    assert f"left out: {tmp_path}/other/result.json is cut off" in done.stderr
+    assert done.stdout.count("\n") == 3 and "| no data |" in done.stdout
     assert cv2.imread(str(tmp_path / "improvement.png")).std() > 10
 
 
 def test_a_picture_that_fails_is_said_in_one_line(runs, monkeypatch, capsys):
     monkeypatch.setattr(improvement, "draw", lambda *_: [][0])
-    assert improvement.main([str(runs / "runs")]) == 0
+    assert improvement.main([str(runs)]) == 0
     assert capsys.readouterr().err == "no picture: IndexError: list index out of range\n"
 
 
-def test_bad_input_is_one_line(runs, tmp_path, capsys):
-    random = json.loads((runs / "random/Krull.json").read_text())
-    jedi.write_atomically(tmp_path / "Krull.json", random | {"max_episode_steps": 17})
+def test_bad_input_is_one_line(tmp_path, capsys):
     (tmp_path / "half").mkdir()
     (tmp_path / "half/result.json").write_text("{")
-    for argv, words in (
-        ([], "give a folder of runs"),
-        ([str(tmp_path / "no")], "holds no result.json"),
-        ([str(tmp_path / "half")], "half/result.json is cut off"),
-        ([str(runs / "old"), "--random-play", "a b'c"], """ --out 'a b'"'"'c'"""),
-        ([str(runs / "old"), "--random-play", str(tmp_path / "no")], "--random Krull"),
-        ([str(runs / "old"), "--random-play", str(tmp_path)], "another length"),
-        (["--random", "Kurll", "--out", str(tmp_path / "new")], "Did you mean: `Krull`"),
-        (["--random", "Krull", "--episodes", "1", "--out", str(tmp_path / "new")], "at least 2"),
-    ):
-        assert improvement.main(argv) == 2
+    for folder, words in (("no", "holds no result.json"), ("half", "half/result.json is cut off")):
+        assert improvement.main([str(tmp_path / folder)]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
-    assert not (tmp_path / "new").exists()
 
 
 def test_the_tables_in_results_are_made_from_the_runs():
     """Each improvement.md in results/ is what the script prints from the runs beside it."""
     for path in (ROOT / "results").rglob("improvement.md"):
         found = improvement.read_runs(path.parent)
-        chance = [improvement.read_random(ROOT / "results/random", r) for _, r in found]
-        assert path.read_text() == improvement.table(found, chance)
+        assert path.read_text() == improvement.table(found)
         assert (path.parent / "health.md").read_text() == improvement.health_table(found)
 
 

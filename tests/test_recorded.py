@@ -82,7 +82,7 @@ def same(one: Run, other: Run) -> bool:
 
 @pytest.fixture
 def args(micro) -> jedi.Args:
-    changes = dict(sample_steps=2, s_churn=0.5, reward_noise=0.1, warmup_updates=10)
+    changes = dict(sample_steps=2, s_churn=0.5, reward_dreamed=0.5, warmup_updates=10)
     return replace(micro, latent_norm="center", **changes)
 
 

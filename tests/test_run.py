@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -480,10 +481,30 @@ def test_imagined_and_recorded_play_are_aligned(counted):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jedi, "sample_next_latent", next_latent)
+        dream = SimpleNamespace(rewards=torch.ones(1, 1), alive=torch.ones(1, 1))
+        patch.setattr(jedi, "imagine", lambda *_: dream)  # needs a policy
         measures = jedi.measure_world_model(Truth(), buffer, args)
     assert measures["open_loop_ratio"] == pytest.approx([0.0] * 15, abs=1e-3)
     assert measures["reward_recall"] == 1 and measures["reward_false_alarms"] == 0
     assert all(measures[f"reward_prob_{k}"] == pytest.approx(1) for k in (0, 1, 3, 5))
+
+
+@pytest.mark.parametrize("pays", [-1, 0, 1])
+def test_what_the_dream_pays_is_set_beside_what_the_game_paid(micro, pays):
+    """R_psi always sees the same reward; in the game the last four steps have one, of 7 points. Episodes of 9 steps, of
+    which each start of a dream sees 4 frames before and the horizon after it."""
+    args = replace(micro, horizon=4, expected_reward=False)
+    agent, buffer = random_agent(args, 5), jedi.ReplayBuffer(100, torch.device("cpu"))
+    agent.reward.head[-1].weight.data.zero_()
+    agent.reward.head[-1].bias.data.copy_(50 * torch.eye(5)[pays + 1] + 50 * torch.eye(5)[3])
+    frame, paid = np.zeros((64, 64, 3), np.uint8), [7.0 * (t >= 5) for t in range(9)]
+    for _ in range(5):
+        for t in range(9):
+            buffer.add(frame, 0, paid[t], False, frame if t == 8 else None)
+    # Ten frames hold windows of 4 + 4 from frames 0, 1 and 2: dreams from frames 3, 4 and 5.
+    real = np.mean([np.sign(paid[start : start + 4]) for start in (3, 4, 5)])
+    measures = jedi.measure_world_model(agent, buffer, args)
+    assert measures["imagined_minus_real"] == pytest.approx(pays - real, abs=1e-6)
 
 
 def test_games_shorter_than_the_measures_are_measured_as_far_as_they_go(micro):
