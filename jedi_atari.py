@@ -92,7 +92,7 @@ class Args:
     """JEDI: learn an Atari game from 100k steps inside a latent diffusion world model."""
 
     env_id: str = "Pong"  # Pong, ALE/Pong-v5, PongNoFrameskip-v4, or any registered RGB environment
-    preset: Literal["paper", "tiny", "small"] = "paper"  # CPU: tiny 5 minutes, small 40
+    preset: Literal["paper", "tiny", "small"] = "paper"  # defaults; CPU: tiny 5 minutes, small 40
     seed: int = num(0, 0, 2**31 - 1)  # of networks, draws and game; same seed, same run on a CPU
     threads: int = num(0, 0, 1_000)  # CPU threads of PyTorch; 0 leaves its default, all cores
     device: str = "auto"  # auto, cpu, cuda or cuda:N; auto takes a GPU where there is one
@@ -144,7 +144,7 @@ class Args:
     learning_rate: float = num(1e-4, TINY, 1)  # of all three AdamW optimisers [D]
     encoder_lr_scale: float = num(0.3, TINY, 1_000)  # the encoder's rate over --learning-rate [P]
     warmup_updates: int = num(100, 0, MANY)  # linear learning-rate warm-up of each optimiser [D]
-    reward_dreamed: float = num(0.0, 0, 1)  # share of reward windows of imagined latents [C]
+    reward_dreamed: float = num(0.0, 0, 1)  # share of R_psi's training windows imagined [C]
     reward_window: int = num(15, 1, 1_000)  # frames after the context in a reward window [D]
     horizon: int = num(15, 1, 1_000)  # imagined steps per policy update [P, D]
     expected_reward: bool = False  # imagined rewards: R_psi's mean [C] rather than samples [D]
@@ -729,7 +729,7 @@ def reward_termination_loss(agent: Agent, batch: Windows, args: Args) -> tuple[T
     z = agent.encode(batch.frames)
     if args.reward_dreamed > 0:
         # DEVIATION 8: trained on true latents alone, R_psi misses the rewards of imagined ones.
-        # No gradient: R_psi learns to read the dream, the encoder must not learn to suit it.
+        # No gradient: R_psi learns to read the dream; the encoder must not learn to suit it.
         dreamed = open_loop(agent, z.detach(), batch.actions, args.reward_window, args)
         chosen = torch.rand(len(z), 1, 1, 1, 1, device=z.device) < args.reward_dreamed
         z = torch.where(chosen, dreamed, z)
@@ -1149,7 +1149,7 @@ def update(agent: Agent, part: str, optimizer, replay: ReplayBuffer, number, arg
 class Recorded:
     """An update as one CUDA graph: launched at once, not as thousands of kernels one by one; on a
     CPU, or not `active`, it runs as written. What changes from call to call is on the device
-    (`number`, `replay.count`) or in `key`: then it is recorded anew. A call overwrites the last."""
+    (`number`, `replay.count`); a new `key` has it recorded anew. A call overwrites the result."""
 
     WARM_UP = 3  # calls as written first: they compile, choose algorithms, make AdamW's state
 

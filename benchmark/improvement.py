@@ -48,7 +48,8 @@ def human_normalised(result: dict) -> str:
     game = report.PUBLISHED["games"].get(jedi.resolve_env_id(result["env_id"])[1])
     if game is None:
         return "-"
-    if max(result["lengths"]) >= result["args"]["max_episode_steps"]:
+    limit = result["args"]["max_episode_steps"]
+    if limit < jedi.Args().max_episode_steps and max(result.get("lengths") or [limit]) >= limit:
         return "cut"
     score = (result["mean_return"] - game["random"]) / (game["human"] - game["random"])
     return f"{score:.2f}"
@@ -59,9 +60,10 @@ def read_runs(folder: Path) -> list[tuple[Path, dict]]:
     runs, left_out = [], []
     for path in sorted(folder.rglob("result.json")):
         try:
-            runs.append((path.parent, report.read_result(path)))
-            if not runs[-1][1].get("returns_random"):
-                del runs[-1]
+            result = report.read_result(path)
+            if result.get("returns_random"):
+                runs.append((path.parent, result))
+            else:
                 left_out.append(f"left out: {path} holds no returns_random")
         except report.BadInput as error:
             left_out.append(f"left out: {error}")
@@ -84,7 +86,9 @@ def with_interval(returns: list[float]) -> str:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """Rows with the same keys -> a Markdown table; numbers to the right."""
+    """Rows with the same keys -> a Markdown table; numbers to the right. Of no rows, nothing."""
+    if not rows:
+        return ""
     lines = [
         list(rows[0]),
         ["---:" if key not in ("game", "better for certain") else "---" for key in rows[0]],

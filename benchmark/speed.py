@@ -58,7 +58,7 @@ SIDES = ("jedi", "pixel")
 SWITCHES = ("compile", "cuda_graphs")
 UPDATES = jedi.PARTS
 GROWTH = (5_000, 50_000, 500_000)  # records in the replay
-GAME_STEPS = 1_000  # of a game; at random 500 (MsPacman) to 1,300 (Krull), see results/random
+GAME_STEPS = 1_000  # of a game; at random 500 (MsPacman) to 1,300 (Krull)
 
 
 class Side(NamedTuple):

@@ -169,6 +169,7 @@ class Walk:
         return agent
 
 
+# The page's own sizes, not a preset's: its numbers stay when a preset changes.
 NARROW = dict(
     batch_size=16, encoder_width=16, denoiser_width=48, cond_dim=128, reward_width=16, lstm_size=128,
     latent_norm="center", learning_rate=5e-4, encoder_lr_scale=0.06, warmup_updates=20, reward_window=5,
@@ -510,7 +511,7 @@ def walkthrough_page() -> str:
 For a reader with the paper and [`jedi_atari.py`](../jedi_atari.py) side by side: what the first updates of a run do to
 a batch of real Pong, with the shapes and numbers that come out. `python docs/generate.py` makes this page: it plays and
 trains from seed 0, on one CPU thread in float32, with narrow networks (encoder {walk.args.encoder_width}
-wide, denoiser {walk.args.denoiser_width}), centred latents and a higher learning rate. Numbers have three digits; 0 means exactly 0. Symbols are those at the top of
+wide, denoiser {walk.args.denoiser_width}), centred latents, small batches, short windows and fast learning. Numbers have three digits; 0 means exactly 0. Symbols are those at the top of
 the file: z latent, sigma noise level, D denoiser, F its inner network, B batch, T time, H horizon.
 """
     text = [head, *(make(walk) for make in (walk_window, walk_latents, walk_loss))]

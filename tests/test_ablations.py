@@ -53,6 +53,10 @@ def test_every_variant_makes_finite_updates_and_leaves_the_script_as_it_was(micr
                     agent, "diffusion", optimizers["diffusion"], batch, number, args
                 )
                 assert torch.isfinite(metrics["loss"])
+            window = random_windows(args, args.context_frames + args.reward_window)
+            window = window._replace(mask=window.mask[:, 1:])
+            metrics = own_update(agent, "reward", optimizers["reward"], window, 0, args)
+            assert torch.isfinite(metrics["loss"])
             start = random_windows(args, args.context_frames)
             own_update(agent, "policy", optimizers["policy"], start, 0, args)
         assert script() == before

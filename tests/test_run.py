@@ -481,12 +481,21 @@ def test_imagined_and_recorded_play_are_aligned(counted):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jedi, "sample_next_latent", next_latent)
-        dream = SimpleNamespace(rewards=torch.ones(1, 1), alive=torch.ones(1, 1))
-        patch.setattr(jedi, "imagine", lambda *_: dream)  # needs a policy
+        # Of three dreams one ends after a step: what follows does not count.
+        rewards = torch.tensor([[1.0, 1, 0], [0, 0, 1], [1, -1, -1]])
+        alive = torch.tensor([[True, True, True], [True, True, True], [True, False, False]])
+        dream = SimpleNamespace(rewards=rewards, alive=alive)
+        patch.setattr(jedi, "imagine", lambda *_: dream)
         measures = jedi.measure_world_model(Truth(), buffer, args)
     assert measures["open_loop_ratio"] == pytest.approx([0.0] * 15, abs=1e-3)
     assert measures["reward_recall"] == 1 and measures["reward_false_alarms"] == 0
     assert all(measures[f"reward_prob_{k}"] == pytest.approx(1) for k in (0, 1, 3, 5))
+    n, h = args.context_frames, args.horizon
+    paid = [
+        np.mean([step % 7 == 0 for step in range(first + n - 1, first + n - 1 + h)])
+        for first in range(201 - n - h + 1)
+    ]
+    assert measures["imagined_minus_real"] == pytest.approx(4 / 7 - np.mean(paid))
 
 
 @pytest.mark.parametrize("pays", [-1, 0, 1])
