@@ -978,12 +978,12 @@ def measure_world_model(agent: Agent, heldout: ReplayBuffer, args: Args) -> dict
         if no_change.min() > TINY:  # else a still picture: there is nothing to predict
             found["open_loop_ratio"] = (error / no_change).tolist()
     windows = heldout.all_windows(min(n + 5, longest), stride=1, count=64, rewarded=True)
+    true, sign = agent.encode(windows.frames), windows.rewards[:, -2:-1].sign().long() + 1
     for k in (0, 1, 3, 5):
         found[f"reward_prob_{k}"] = None
         if n + k <= longest and len(windows.frames):
-            z = open_loop(agent, agent.encode(windows.frames), windows.actions, k, args)
+            z = open_loop(agent, true, windows.actions, k, args)
             logits, _ = agent.reward(z, windows.actions[:, :-1])
-            sign = windows.rewards[:, -2:-1].sign().long() + 1
             found[f"reward_prob_{k}"] = logits[:, -1].softmax(-1).gather(1, sign).mean().item()
     return found
 

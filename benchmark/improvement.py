@@ -85,38 +85,27 @@ def with_interval(returns: list[float]) -> str:
     return f"{np.mean(returns):,.1f} ({low:,.1f} to {high:,.1f})"
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
-    """Rows with the same keys -> a Markdown table; numbers to the right. Of no rows, nothing."""
-    if not rows:
-        return ""
-    lines = [
-        list(rows[0]),
-        ["---:" if key not in ("game", "better for certain") else "---" for key in rows[0]],
-    ]
-    return "".join(
-        f"| {' | '.join(cells)} |\n" for cells in lines + [list(row.values()) for row in rows]
-    )
-
-
 def table(runs: list[tuple[Path, dict]]) -> str:
     """One row a run."""
     rows = []
     for _, result in runs:
         trained, chance = result["returns"], result["returns_random"]
         recall = result.get("reward_recall")
-        row = {"game": result["env_id"], "seed": str(result["seed"])}
-        row |= {
-            "random play, 95% interval": with_interval(chance),
-            "trained, 95% interval": with_interval(trained),
-        }
-        row |= {"games": f"{len(chance)}, {len(trained)}"}
-        row |= {"better for certain": "yes" if improved(trained, chance) else "no"}
-        row |= {"human-normalised": human_normalised(result)}
-        row |= {"steps": f"{result['env_steps']:,}"}
-        row |= {"rewards recognised": "no data" if recall is None else f"{recall:.0%}"}
-        row |= {"time": common.clock(result["wall_seconds"])}
-        rows.append(row)
-    return markdown(rows)
+        rows.append(
+            {
+                "game": result["env_id"],
+                "seed": result["seed"],
+                "random play, 95% interval": with_interval(chance),
+                "trained, 95% interval": with_interval(trained),
+                "games": f"{len(chance)}, {len(trained)}",
+                "better for certain": "yes" if improved(trained, chance) else "no",
+                "human-normalised": human_normalised(result),
+                "steps": f"{result['env_steps']:,}",
+                "rewards recognised": "no data" if recall is None else f"{recall:.0%}",
+                "time": common.clock(result["wall_seconds"]),
+            }
+        )
+    return report.markdown(list(rows[0]), [list(row.values()) for row in rows])
 
 
 HEALTH = (  # what health.md shows: heading, keys of metrics.jsonl, format
@@ -155,13 +144,12 @@ def health_table(runs: list[tuple[Path, dict]]) -> str:
                 counts = result["updates"]
                 line["eval/mean_return"] = result["mean_return"]
             line |= {f"charts/{name}_updates": count for name, count in counts.items()}
-            row = {"game": result["env_id"], "seed": str(result["seed"])}
-            for heading, keys, form in HEALTH:
-                row[heading] = ", ".join(
-                    "no data" if line.get(k) is None else format(line[k], form) for k in keys
-                )
-            rows.append(row)
-    return markdown(rows)
+            cells = [
+                ", ".join("no data" if line.get(k) is None else format(line[k], form) for k in keys)
+                for _, keys, form in HEALTH
+            ]
+            rows.append([result["env_id"], result["seed"], *cells])
+    return report.markdown(["game", "seed", *(heading for heading, _, _ in HEALTH)], rows)
 
 
 def draw(runs: list[tuple[Path, dict]], path: Path) -> None:
@@ -169,18 +157,18 @@ def draw(runs: list[tuple[Path, dict]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     games = sorted({result["env_id"] for _, result in runs})
-    pays = any("wm/imagined_minus_real" in line for path, _ in runs for line in read_metrics(path))
+    logged = [(read_metrics(folder), result) for folder, result in runs]
+    pays = any("wm/imagined_minus_real" in line for lines, _ in logged for line in lines)
     figure = Figure(figsize=(3.6 * len(games), 2.8 * (2 + pays)), dpi=80, layout="constrained")
     panels = figure.subplots(2 + pays, len(games), squeeze=False)
     for column, game in enumerate(games):
-        ours = [run for run in runs if run[1]["env_id"] == game]
+        ours = [run for run in logged if run[1]["env_id"] == game]
         chance = interval(np.concatenate([result["returns_random"] for _, result in ours]))
         by_steps, by_time, *pay = panels[:, column]
         for ax in (by_steps, by_time):
             ax.axhspan(*chance, color="0.8", label="random play")
-        for colour, (folder, result) in zip(COLOURS * len(ours), ours, strict=False):
-            lines, name = read_metrics(folder), f"seed {result['seed']}"
-            lines[-1]["time/run"] = result["wall_seconds"]
+        for colour, (lines, result) in zip(COLOURS * len(ours), ours, strict=False):
+            name, lines[-1]["time/run"] = f"seed {result['seed']}", result["wall_seconds"]
             (low, high), mean = interval(result["returns"]), result["mean_return"]
             for ax, key, unit in ((by_steps, "charts/env_steps", 1_000), (by_time, "time/run", 60)):
                 tested = [

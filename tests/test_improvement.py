@@ -83,7 +83,9 @@ def test_table_and_picture_of_a_real_run(runs, capsys):
     mean, std = f"{result['mean_return']:,.1f}", f"{measures['latent_std']:.2f}"
     assert rows[-1].startswith(f"| Krull | 3 | {updates} | {mean} | {std} |")
     assert f"| {ratio[0]:.2f}, {ratio[4]:.2f}, {ratio[14]:.2f} |" in rows[-1]
-    assert rows[-1].endswith(f" | {measures['imagined_minus_real']:+.3f} |")
+    probs = [measures[f"reward_prob_{k}"] for k in (0, 1, 3, 5)]
+    shown = ", ".join("no data" if p is None else f"{p:.2f}" for p in probs)
+    assert rows[-1].endswith(f" | {shown} | {measures['imagined_minus_real']:+.3f} |")
 
 
 def test_nothing_that_is_missing_costs_the_table(runs, tmp_path):
