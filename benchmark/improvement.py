@@ -153,14 +153,21 @@ def health_table(runs: list[tuple[Path, dict]]) -> str:
 
 
 def draw(runs: list[tuple[Path, dict]], path: Path) -> None:
-    """A column a game: returns over real steps, returns over time, and what the dream pays beyond the game."""
+    """A column a game, four columns side by side: returns over real steps, returns over time, and what the
+    dream pays beyond the game."""
     from matplotlib.figure import Figure
 
     games = sorted({result["env_id"] for _, result in runs})
     logged = [(read_metrics(folder), result) for folder, result in runs]
     pays = any("wm/imagined_minus_real" in line for lines, _ in logged for line in lines)
-    figure = Figure(figsize=(3.6 * len(games), 2.8 * (2 + pays)), dpi=80, layout="constrained")
-    panels = figure.subplots(2 + pays, len(games), squeeze=False)
+    wide, high = min(4, len(games)), 2 + pays
+    blocks = -(-len(games) // wide)
+    figure = Figure(figsize=(3.6 * wide, 2.4 * high * blocks), dpi=80, layout="constrained")
+    panels = figure.subplots(high * blocks, wide, squeeze=False)
+    # (high, blocks * wide): a column a game; the places left over in the last block stay empty.
+    panels = np.concatenate(np.split(panels, blocks), axis=1)
+    for ax in panels[:, len(games) :].flat:
+        ax.remove()
     for column, game in enumerate(games):
         ours = [run for run in logged if run[1]["env_id"] == game]
         chance = interval(np.concatenate([result["returns_random"] for _, result in ours]))
@@ -195,8 +202,9 @@ def draw(runs: list[tuple[Path, dict]], path: Path) -> None:
         for ax in panels[:, column]:
             ax.grid(alpha=0.3)
     labels = ("return, higher is better",) * 2 + ("reward a step (-1, 0, 1),\nimagined less real",)
-    for ax, label in zip(panels[:, 0], labels, strict=False):
-        ax.set_ylabel(label)
+    for column in panels[:, : len(games) : wide].T:
+        for ax, label in zip(column, labels, strict=False):
+            ax.set_ylabel(label)
     figure.suptitle(
         "circles: evaluations; squares: games at the end, with 95% interval", fontsize=10
     )
