@@ -205,9 +205,7 @@ def draw(runs: list[tuple[Path, dict]], path: Path) -> None:
     for column in panels[:, : len(games) : wide].T:
         for ax, label in zip(column, labels, strict=False):
             ax.set_ylabel(label)
-    figure.suptitle(
-        "circles: evaluations; squares: games at the end, with 95% interval", fontsize=10
-    )
+    figure.suptitle("circles: evaluations\nsquares: games at the end, 95% interval", fontsize=9)
     figure.savefig(path)
 
 
