@@ -201,7 +201,7 @@ def draw(runs: list[tuple[Path, dict]], path: Path) -> None:
             ax.set(xlabel="real steps, thousands")
         for ax in panels[:, column]:
             ax.grid(alpha=0.3)
-    labels = ("return, higher is better",) * 2 + ("reward a step (-1, 0, 1),\nimagined less real",)
+    labels = ("return, higher is better",) * 2 + ("reward a step (-1, 0, 1),\ndream less game",)
     for column in panels[:, : len(games) : wide].T:
         for ax, label in zip(column, labels, strict=False):
             ax.set_ylabel(label)
