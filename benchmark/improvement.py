@@ -12,7 +12,6 @@ health.md: the state of latents and world model at each evaluation.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -56,27 +55,31 @@ def human_normalised(result: dict) -> str:
 
 
 def read_runs(folder: Path) -> list[tuple[Path, dict]]:
-    """Every finished run below a folder; what is none is left out by name. Raises `BadInput` if there is none."""
+    """Every finished run below a folder; what is none is left out by name. Raises `BadInput` if there is none,
+    or if they differ in their settings."""
     runs, left_out = [], []
     for path in sorted(folder.rglob("result.json")):
         try:
             result = report.read_result(path)
-            if result.get("returns_random"):
-                runs.append((path.parent, result))
-            else:
-                left_out.append(f"left out: {path} holds no returns_random")
-        except report.BadInput as error:
+            if not report.are_returns(result.get("returns_random")):
+                raise report.BadInput(f"{path} holds no returns_random")
+            read_metrics(path.parent)
+            runs.append(report.Run(path, folder, result["env_id"], result, []))
+        except (report.BadInput, OSError) as error:
             left_out.append(f"left out: {error}")
     if not runs:
         reason = left_out[0] if left_out else "give a folder of finished runs"
-        raise jedi.BadInput(f"{folder} holds no result.json of a run; {reason}")
+        raise report.BadInput(f"{folder} holds no result.json of a run; {reason}")
+    report.check_same_settings(runs)
     print("".join(f"{line}\n" for line in left_out), end="", file=sys.stderr)
-    return runs
+    return [(run.path.parent, run.result) for run in runs]
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """What a run logged, a dictionary a line."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """What a run logged, a dictionary a line. Raises `BadInput` that names the line."""
+    path = folder / "metrics.jsonl"
+    lines = enumerate(report.read_text(path).splitlines(), 1)
+    return [report.read_json(line, f"{path}, line {number},") for number, line in lines]
 
 
 def with_interval(returns: list[float]) -> str:
@@ -224,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         jedi.write_atomically(folder / "health.md", health_table(runs).encode())
         with common.drawing():
             draw(runs, folder / "improvement.png")
-    except jedi.BadInput as error:
+    except report.BadInput as error:
         print(f"improvement.py: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,11 +101,17 @@ def test_nothing_that_is_missing_costs_the_table(runs, tmp_path):
     jedi.write_atomically(tmp_path / "old/result.json", result | {"returns_random": []})
     (tmp_path / "other").mkdir()
     (tmp_path / "other/result.json").write_text('{"half": ')
+    for name in ("cut_off", "gone"):
+        shutil.copytree(runs / "seed3", tmp_path / name)
+    (tmp_path / "cut_off/metrics.jsonl").write_text(lines[:-9])
+    (tmp_path / "gone/metrics.jsonl").unlink()
     command = [sys.executable, str(ROOT / "benchmark/improvement.py"), str(tmp_path)]
     env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr.count("\n") == 2, done.stderr
-    assert done.stderr.startswith(f"left out: {tmp_path}/old/result.json holds no returns_random")
+    assert done.returncode == 0 and done.stderr.count("\n") == 4, done.stderr
+    assert f"left out: {tmp_path}/old/result.json holds no returns_random" in done.stderr
+    assert re.search(r"left out: \S+/cut_off/metrics.jsonl, line \d+, is cut off", done.stderr)
+    assert f"No such file or directory: '{tmp_path}/gone/metrics.jsonl'" in done.stderr
     assert f"left out: {tmp_path}/other/result.json is cut off" in done.stderr
     assert done.stdout.count("\n") == 3 and "| no data |" in done.stdout
     assert (tmp_path / "health.md").read_text().endswith("| no data |\n")
@@ -124,6 +131,16 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert improvement.main([str(tmp_path / folder)]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
+
+
+def test_runs_of_different_settings_are_refused(runs, tmp_path, capsys):
+    for name in ("one", "two"):
+        shutil.copytree(runs / "seed3", tmp_path / name)
+    result = json.loads((tmp_path / "two/result.json").read_text())
+    result["args"]["max_episode_steps"] += 1
+    jedi.write_atomically(tmp_path / "two/result.json", result)
+    assert improvement.main([str(tmp_path)]) == 2
+    assert "different settings" in capsys.readouterr().err
 
 
 def test_the_tables_in_results_are_made_from_the_runs():
