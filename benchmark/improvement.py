@@ -54,8 +54,8 @@ def human_normalised(result: dict) -> str:
     return f"{score:.2f}"
 
 
-def read_runs(folder: Path) -> list[tuple[Path, dict]]:
-    """Every finished run below a folder; what is none is left out by name. Raises `BadInput` if there is none,
+def read_runs(folder: Path) -> list[tuple[list[dict], dict]]:
+    """What every finished run below a folder logged, and its result; what is none is left out by name. Raises `BadInput` if there is none,
     or if they differ in their settings."""
     runs, left_out = [], []
     for path in sorted(folder.rglob("result.json")):
@@ -63,16 +63,16 @@ def read_runs(folder: Path) -> list[tuple[Path, dict]]:
             result = report.read_result(path)
             if not report.are_returns(result.get("returns_random")):
                 raise report.BadInput(f"{path} holds no returns_random")
-            read_metrics(path.parent)
-            runs.append(report.Run(path, folder, result["env_id"], result, []))
+            run = report.Run(path, folder, result["env_id"], result, [])
+            runs.append((read_metrics(path.parent), run))
         except (report.BadInput, OSError) as error:
             left_out.append(f"left out: {error}")
     if not runs:
         reason = left_out[0] if left_out else "give a folder of finished runs"
         raise report.BadInput(f"{folder} holds no result.json of a run; {reason}")
-    report.check_same_settings(runs)
+    report.check_same_settings([run for _, run in runs])
     print("".join(f"{line}\n" for line in left_out), end="", file=sys.stderr)
-    return [(run.path.parent, run.result) for run in runs]
+    return [(lines, run.result) for lines, run in runs]
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -88,7 +88,7 @@ def with_interval(returns: list[float]) -> str:
     return f"{np.mean(returns):,.1f} ({low:,.1f} to {high:,.1f})"
 
 
-def table(runs: list[tuple[Path, dict]]) -> str:
+def table(runs: list[tuple[list[dict], dict]]) -> str:
     """One row a run."""
     rows = []
     for _, result in runs:
@@ -133,20 +133,19 @@ HEALTH = (  # what health.md shows: heading, keys of metrics.jsonl, format
 )
 
 
-def health_table(runs: list[tuple[Path, dict]]) -> str:
+def health_table(runs: list[tuple[list[dict], dict]]) -> str:
     """One row an evaluation: what `measure_world_model` said of play that was not trained on.
 
     The first row of a run is before its training, the last after it. What was not there to measure is "no data".
     """
     rows = []
-    for folder, result in runs:
-        tested = [line for line in read_metrics(folder) if "wm/latent_std" in line]
+    for lines, result in runs:
+        tested = [line for line in lines if "wm/latent_std" in line]
         for line in tested:
-            counts = dict.fromkeys(jedi.PARTS, 0) if line is tested[0] else {}
+            counts, final = dict.fromkeys(jedi.PARTS, 0) if line is tested[0] else {}, {}
             if line is tested[-1]:
-                counts = result["updates"]
-                line["eval/mean_return"] = result["mean_return"]
-            line |= {f"charts/{name}_updates": count for name, count in counts.items()}
+                counts, final = result["updates"], {"eval/mean_return": result["mean_return"]}
+            line = line | final | {f"charts/{name}_updates": n for name, n in counts.items()}
             cells = [
                 ", ".join("no data" if line.get(k) is None else format(line[k], form) for k in keys)
                 for _, keys, form in HEALTH
@@ -155,14 +154,13 @@ def health_table(runs: list[tuple[Path, dict]]) -> str:
     return report.markdown(["game", "seed", *(heading for heading, _, _ in HEALTH)], rows)
 
 
-def draw(runs: list[tuple[Path, dict]], path: Path) -> None:
+def draw(runs: list[tuple[list[dict], dict]], path: Path) -> None:
     """A column a game, four columns side by side: returns over real steps, returns over time, and what the
     dream pays beyond the game."""
     from matplotlib.figure import Figure
 
     games = sorted({result["env_id"] for _, result in runs})
-    logged = [(read_metrics(folder), result) for folder, result in runs]
-    pays = any("wm/imagined_minus_real" in line for lines, _ in logged for line in lines)
+    pays = any("wm/imagined_minus_real" in line for lines, _ in runs for line in lines)
     wide, high = min(4, len(games)), 2 + pays
     blocks = -(-len(games) // wide)
     figure = Figure(figsize=(3.6 * wide, 2.4 * high * blocks), dpi=80, layout="constrained")
@@ -172,7 +170,7 @@ def draw(runs: list[tuple[Path, dict]], path: Path) -> None:
     for ax in panels[:, len(games) :].flat:
         ax.remove()
     for column, game in enumerate(games):
-        ours = [run for run in logged if run[1]["env_id"] == game]
+        ours = [run for run in runs if run[1]["env_id"] == game]
         chance = interval(np.concatenate([result["returns_random"] for _, result in ours]))
         by_steps, by_time, *pay = panels[:, column]
         for ax in (by_steps, by_time):
