@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# End what slurm_up.sh started, by the processes that it noted, each only if it still is the one that was started then.
+# End what up.sh started, by the processes that it noted, each only if it still is the one that was started then.
 #
-#   slurm_down.sh DIR            end the cluster and remove its folder
-#   slurm_down.sh DIR node n2    crash a node: its slurmd and its jobs die at once, without a warning
+#   down.sh DIR            end the cluster and remove its folder
+#   down.sh DIR node n2    crash a node: its slurmd and its jobs die at once, without a warning
 set -uo pipefail
 
 ROOT=$1
@@ -60,5 +60,5 @@ end slurmctld TERM
 kill_jobs
 end munged TERM
 left=$(while read -r name pid start; do ! alive "$pid" "$start" || echo "$name($pid)"; done <"$ROOT/pids")
-[ -z "$left" ] || { echo "slurm_down.sh: still running: $left" >&2 && exit 1; }
+[ -z "$left" ] || { echo "down.sh: still running: $left" >&2 && exit 1; }
 rm -r "$ROOT"

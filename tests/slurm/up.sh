@@ -2,8 +2,8 @@
 # A private SLURM cluster on this machine, for the tests: munged, slurmctld and a slurmd per virtual node, with fake
 # GPUs. Everything is in one folder, listens on the loopback alone, and needs neither systemd nor cgroups.
 #
-#   slurm_up.sh DIR              make the cluster in the new folder DIR; then `export SLURM_CONF=DIR/slurm.conf`
-#   slurm_up.sh DIR node n2      start a node again that `slurm_down.sh DIR node n2` crashed
+#   up.sh DIR              make the cluster in the new folder DIR; then `export SLURM_CONF=DIR/slurm.conf`
+#   up.sh DIR node n2      start a node again that `down.sh DIR node n2` crashed
 #
 # Its shape, from the environment: SLURM_NODES (2); of each SLURM_CPUS (8) and SLURM_GPUS (1); SLURM_SHARDS per GPU (4).
 # Exit status 77: SLURM cannot be had here; the last line on stderr is the reason.
@@ -33,7 +33,7 @@ started() { # when process $1 started: with its number, that names one process f
     sed 's/.*) //' "/proc/$1/stat" | cut -d' ' -f20
 }
 
-daemon() { # daemon NAME COMMAND...: in the foreground of a session of its own, noted in DIR/pids for slurm_down.sh
+daemon() { # daemon NAME COMMAND...: in the foreground of a session of its own, noted in DIR/pids for down.sh
     local name=$1 pid
     shift
     # exec twice, so that $! is the daemon itself. Job control gives it a process group that no Ctrl-C reaches.
@@ -51,7 +51,7 @@ wait_for() { # wait_for SECONDS WHAT COMMAND...
     until "$@" >/dev/null 2>&1; do
         if ((SECONDS >= until)); then
             tail -n 15 "$ROOT"/log/*.out >&2
-            echo "slurm_up.sh: $what is not ready; the ends of the logs are above" >&2
+            echo "up.sh: $what is not ready; the ends of the logs are above" >&2
             exit 1
         fi
         sleep 0.1
