@@ -413,16 +413,8 @@ def check_benchmark(argv: list[str], folder: Path) -> None:
     module.check_args(module.parse_args(["--preset", preset, *extra]))
     (folder / "empty.py").write_text("")
     only = [] if {"--status", "--dry-run"} & set(argv) else ["--dry-run"]
-    command = [
-        str(ROOT / "benchmark.sh"),
-        *argv,
-        *only,
-        "--script",
-        "empty.py",
-        "--python",
-        sys.executable,
-    ]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [str(ROOT / "benchmark.sh"), *argv, *only, "--script", "empty.py"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0", "PYTHON": sys.executable}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60
     )
