@@ -18,5 +18,5 @@ for python in ${PYTHON:+"$PYTHON"} python python3; do
         break # it was asked for by name: no other will do
     fi
 done
-echo "benchmark.sh: error: ${PYTHON:-python} is no Python 3.10 or later; activate its environment, or set PYTHON" >&2
+echo "benchmark.sh: error: ${PYTHON:-python} is not Python 3.10 or later; activate the right environment, or set PYTHON" >&2
 exit 2

@@ -4,11 +4,11 @@ A run may be killed at any moment: with --resume its script goes on from the las
 this program starts what is not finished and keeps what came of it, in the run's own folder alone:
 
     result.json     the run is done
-    .runner.lock    locked for as long as the run lives, so that no other runner starts it
+    .runner.lock    locked for as long as the run lives, so no other runner starts it
     log.txt         its output, between lines that begin with `MARK` and say how each try went
 
-On a cluster SLURM's job array is the engine, each task is this program over its share of the runs.
-(submitit was looked at: one function per task, and its local executor starts all at once. Neither
+On a cluster SLURM's job array is the engine: each task is this program over its share of the runs.
+(submitit was considered: one function per task, and its local executor starts all at once. Neither
 packs runs on a GPU, so it would not replace `pool`.)
 Exit status: 0 all is done (--slurm: submitted), 1 not all, 2 bad input, 128 + n on signal n.
 """
@@ -53,33 +53,33 @@ def seeds(text: str) -> list[int]:
         ranges = [range(int(a), int(b or a) + 1) for a, b in re.findall(r"(\d+)-?(\d*)", text)]
         if all(ranges) and sum(map(len, ranges)) <= 1000:
             return list(dict.fromkeys(seed for part in ranges for seed in part))
-    die(f"--seeds is '{text}'; it must be such as 0-4 or 0,1,7, of at most 1000 seeds")
+    die(f"--seeds must look like 0-4 or 0,1,7, at most 1000 seeds, not '{text}'")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     own = argv[: argv.index("--")] if "--" in argv else argv
-    about = "26 games x 5 seeds. The same call again carries on. What follows -- goes to every run."
+    about = "26 games x 5 seeds. Repeat the same call to resume. What follows -- is passed to every run."
     parser = argparse.ArgumentParser("benchmark.sh", description=about, allow_abbrev=False)
     parser.error = lambda text: die(f"{text}; see --help. Arguments of the script go after --")
     add, one = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--games", type=games, default="all", help="Pong,Krull,... (default: all 26)")
     add("--seeds", type=seeds, default="0-4", help="0-4 or 0,1,7 (default: 0-4)")
     add("--script", type=Path, default=HERE.parent / "jedi_atari.py", help="default: jedi_atari.py")
-    add("--preset", default="paper", help="of the script (default: paper)")
+    add("--preset", default="paper", help="preset of the script (default: paper)")
     add("--out", help="folder of all runs (default: runs/<script>-<preset>)")
-    one("--runs-per-gpu", type=int, metavar="K", help="on each GPU at once (default: 1)")
-    one("--jobs", type=int, metavar="N", help="no GPU: N runs at once on the CPU")
-    add("--dry-run", action="store_true", help="commands and GPU-hours; does nothing")
+    one("--runs-per-gpu", type=int, metavar="K", help="runs at once on each GPU (default: 1)")
+    one("--jobs", type=int, metavar="N", help="use the CPU only, N runs at once")
+    add("--dry-run", action="store_true", help="print commands and GPU-hours; start nothing")
     add("--status", action="store_true", help="what is done, running, failed, waiting")
     add("--slurm", action="store_true", help="submit what is missing, by benchmark/slurm.sbatch")
     add("--slurm-arg", action="append", default=[], help="for sbatch: --slurm-arg=--partition=gpu")
-    add("--runs-per-task", type=int, metavar="M", help="of the job array (default: K or N)")
+    add("--runs-per-task", type=int, metavar="M", help="runs of each array task (default: K or N)")
     add("--task", type=Path, help=argparse.SUPPRESS)  # a file with the runs of each task
     options = parser.parse_args(own)
     options.extra = argv[len(own) + 1 :]
     for word in options.extra:  # as tyro reads them
         if word.partition("=")[0].replace("_", "-").removeprefix("--") in OURS:
-            die(f"{word} after --: that is for benchmark.sh to say; use its own options")
+            die(f"{word} may not follow --; use benchmark.sh's own option")
     for name in ("runs_per_gpu", "jobs", "runs_per_task"):
         if getattr(options, name) not in (None, *range(1, 1000)):
             die(f"--{name.replace('_', '-')} must be a whole number from 1 to 999")
@@ -96,10 +96,11 @@ def prepare(options: argparse.Namespace, run: Path) -> None:
     kept = options.out / "benchmark.txt"
     there = kept.read_text().strip() if kept.exists() else ""
     if there not in ("", options.settings):
-        die(f"--out has runs of '{there}', not of '{options.settings}'; name another folder")
-    words = [*command_of(run, options, 1), "--run-dir=", "--no-resume", "--dry-run"]
-    if subprocess.run(words, stdout=subprocess.DEVNULL).returncode:
-        die(f"{options.script} cannot run so, see above; PYTHON=... chooses another Python")
+        die(f"--out has runs of '{there}', not of '{options.settings}'; choose another folder")
+    ask = ["--run-dir=", "--no-resume", "--device=cpu", "--dry-run"]  # this may be a login node
+    ask = [*command_of(run, "", options, 1), *ask]
+    if subprocess.run(ask, stdout=subprocess.DEVNULL, start_new_session=True).returncode:
+        die(f"{options.script} rejects this, see above; if a module is missing, set PYTHON=...")
     if not (there or options.dry_run):
         options.out.mkdir(parents=True, exist_ok=True)
         kept.write_text(options.settings + "\n")
@@ -119,7 +120,7 @@ def read_result(run: Path) -> tuple[dict | None, str]:
         whose = f"{result['env_id']}/seed{result['seed']}"
         if len(numbers) > 2 and sum(map(abs, numbers)) < float("inf") and whose == name_of(run):
             return result, ""
-    return None, "result.json is half-written, no result or another run's" * path.exists()
+    return None, "result.json is incomplete, invalid or of another run" * path.exists()
 
 
 def lock(run: Path, how: int = fcntl.LOCK_EX):
@@ -145,7 +146,7 @@ def look(run: Path) -> tuple[str, str, dict | None, list[str]]:
     if result:
         state = "done"
     elif (run / ".runner.lock").exists() and not lock(run, fcntl.LOCK_SH):
-        state, text = "running", "begins"
+        state, text = "running", "starting"
         if epochs := re.findall(r"^epoch ([1-9]\d*)/(\d+),", last, re.M):  # 0 trains nothing
             first, epoch, total = int(epochs[0][0]), *map(int, epochs[-1])
             each = (time.time() - (run / ".runner.lock").stat().st_mtime) / (epoch - first + 1)
@@ -185,7 +186,7 @@ def find_slots(options: argparse.Namespace) -> tuple[list[str], int]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(nvidia_smi("index"))).split(",")
     gpus = [gpu for gpu in visible if gpu not in ("", "-1", "NoDevFiles") and not options.jobs]
     if not gpus and not options.jobs and (options.task or options.runs_per_gpu):
-        die("there is no GPU; use --jobs, or with --slurm ask for one in benchmark/slurm.sbatch")
+        die("no GPU found; use --jobs, or with --slurm ask for one in benchmark/slurm.sbatch")
     options.jobs = options.jobs or int(not gpus)
     slots = gpus * (options.runs_per_gpu or 1) or [""] * options.jobs
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -196,12 +197,14 @@ def find_slots(options: argparse.Namespace) -> tuple[list[str], int]:
     return slots, max(1, cores // len(slots))
 
 
-def command_of(run: Path, options: argparse.Namespace, threads: int) -> list[str]:
+def command_of(run: Path, gpu: str, options: argparse.Namespace, threads: int) -> list[str]:
     words = ["--env-id", run.parent.name, "--seed", run.name.removeprefix("seed")]
     words += ["--preset", options.preset, "--run-dir", str(run), "--resume"]
     # A run goes on with the threads it was begun with: on a CPU they are part of its result.
     begun = (run / "args.json").exists()
     words += [] if begun or "--threads" in options.settings else ["--threads", str(threads)]
+    # Without it a PyTorch that does not find the GPU would train on the CPU, for weeks.
+    words += ["--device", "cuda"] if gpu and "--device" not in options.settings else []
     return [sys.executable, str(options.script), *words, *options.extra]
 
 
@@ -217,14 +220,14 @@ def begin(run: Path, gpu: str, options: argparse.Namespace, threads: int) -> Job
     """Begin a run or carry it on; None if it is done by now, or another process is at work on it."""
     run.mkdir(parents=True, exist_ok=True)
     if not (held := lock(run)):
-        return print(name_of(run), "is run by another process: left to it", flush=True)
+        return print(name_of(run), "is being run by another process; skipped", flush=True)
     result, wrong = read_result(run)
     if result:
         return held.close()
     if wrong:
         print(f"{name_of(run)}: {wrong}; kept as result.json.broken, the run is carried on")
         (run / "result.json").replace(run / "result.json.broken")
-    command, where = command_of(run, options, threads), f"GPU {gpu}" if gpu else "CPU"
+    command, where = command_of(run, gpu, options, threads), f"GPU {gpu}" if gpu else "CPU"
     os.utime(held.fileno())
     note(run, f"begun on {os.uname().nodename}, {where}", f": {shlex.join(command)}")
     # A session of its own: Ctrl-C reaches the runner alone. The run inherits the lock.
@@ -270,8 +273,11 @@ def pool(options: argparse.Namespace, runs: list[Path], slots: list[str], thread
                         todo.append(job.run)
                 while slot not in jobs and todo and not signals:
                     tries[todo[0]] += 1
-                    if job := begin(todo.popleft(), gpu, options, threads):
-                        jobs[slot] = job
+                    try:
+                        if job := begin(todo.popleft(), gpu, options, threads):
+                            jobs[slot] = job
+                    except OSError as error:  # a folder that cannot be written
+                        print(f"cannot start a run: {error}", flush=True)
             for job in jobs.values() if signals else ():  # a second signal is for one that hangs
                 kill(job, signal.SIGKILL if len(signals) > 1 else signal.SIGTERM)
             time.sleep(0.2)
@@ -286,15 +292,15 @@ def submit(options: argparse.Namespace, runs: list[Path], argv: list[str]) -> in
     """Submit a job array of these runs, or print it with --dry-run; sbatch's exit status."""
     size = options.runs_per_task or options.runs_per_gpu or options.jobs or 1
     tasks = [" ".join(map(name_of, runs[i : i + size])) for i in range(0, len(runs), size)]
-    path, name = options.out / "slurm" / "tasks.txt", re.sub(r"\W", "-", str(options.out))
+    path, name = options.out / f"slurm/{time.time_ns()}.runs", re.sub(r"\W", "-", str(options.out))
     log = str(path.parent).replace("%", "%%")  # % has a meaning to sbatch
-    words = [f"--job-name={name}", f"--array=0-{len(tasks) - 1}", f"--output={log}/task%a.txt"]
+    words = [f"--job-name={name}", f"--array=0-{len(tasks) - 1}", f"--output={log}/%A_%a.txt"]
     words += ["--gres=none"] * bool(options.jobs) + options.slurm_arg + [str(HERE / "slurm.sbatch")]
     words += [sys.executable, str(HERE / "run.py"), f"--task={path}", *argv]
     if options.dry_run:
         return print(shlex.join(["sbatch", *words]), *tasks, sep="\n  ") or 0
     if queued := subprocess.getoutput(f"squeue --me --noheader --name={name}"):
-        die(f"nothing was submitted: wait, or scancel --name={name}; squeue says:\n{queued}", 1)
+        die(f"nothing submitted (to end these: scancel --name={name}); squeue says:\n{queued}", 1)
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(tasks) + "\n")
     return subprocess.run(["sbatch", *words]).returncode
@@ -330,7 +336,7 @@ def main(argv: list[str]) -> int:
     missing = [run for run in runs if not read_result(run)[0]]
     if options.dry_run:
         for run in missing if slots else ():
-            print(shlex.join(command_of(run, options, threads)))
+            print(shlex.join(command_of(run, slots[0], options, threads)))
         print(cost(options, runs, len(missing)))
     if options.dry_run or options.slurm:
         return submit(options, missing, argv) if options.slurm and missing else 0
@@ -339,7 +345,7 @@ def main(argv: list[str]) -> int:
     if ended == signal.SIGUSR1 and options.task:  # the warning before the time limit
         os.system("scontrol requeue ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID")
     if ended:
-        print(f"stopped by {signal.Signals(ended).name}; the same call again carries on")
+        print(f"stopped by {signal.Signals(ended).name}; repeat the same call to resume")
     return 128 + ended if ended else status
 
 
