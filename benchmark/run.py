@@ -8,8 +8,8 @@ this program starts what is not finished and keeps what came of it, in the run's
     log.txt         its output, between lines that begin with `MARK` and say how each try went
 
 On a cluster SLURM's job array is the engine: each task is this program over its share of the runs.
-(submitit was considered: one function per task, and its local executor starts all at once. Neither
-packs runs on a GPU, so it would not replace `pool`.)
+(submitit was considered: it has one function per task, and locally it starts all at once. It packs
+no runs on a GPU, so it would not replace `pool`.)
 Exit status: 0 all is done (--slurm: submitted), 1 not all, 2 bad input, 128 + n on signal n.
 """
 
@@ -40,7 +40,6 @@ def die(text: str, status: int = 2):  # 2 for bad input, 1 where the machine or 
     sys.exit(status)
 
 
-# ---- Arguments -----------------------------------------------------------------------------------
 def games(text: str) -> list[str]:
     names = list(GAMES) if text == "all" else text.split(",")
     if unknown := [name for name in names if name not in GAMES]:
@@ -92,13 +91,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def prepare(options: argparse.Namespace, run: Path) -> None:
-    """Make the folder, unless it has other runs, or the script refuses the arguments of all runs."""
+    """Make the folder, unless it has other runs or the script, asked on the CPU, rejects this."""
     kept = options.out / "benchmark.txt"
     there = kept.read_text().strip() if kept.exists() else ""
     if there not in ("", options.settings):
         die(f"--out has runs of '{there}', not of '{options.settings}'; choose another folder")
-    ask = ["--run-dir=", "--no-resume", "--device=cpu", "--dry-run"]  # this may be a login node
-    ask = [*command_of(run, "", options, 1), *ask]
+    ask = command_of(run, "", options, 1) + "--run-dir= --no-resume --device=cpu --dry-run".split()
     if subprocess.run(ask, stdout=subprocess.DEVNULL, start_new_session=True).returncode:
         die(f"{options.script} rejects this, see above; if a module is missing, set PYTHON=...")
     if not (there or options.dry_run):
@@ -176,9 +174,8 @@ def show(options: argparse.Namespace, runs: list[Path]) -> int:
 
 # ---- The pool: runs of this machine, or of one task of a job array ---------------------------------
 def nvidia_smi(field: str) -> list[str]:
-    ask = f"nvidia-smi --query-gpu={field} --format=csv,noheader"
-    status, text = subprocess.getstatusoutput(ask)
-    return [] if status else text.splitlines()
+    bad, text = subprocess.getstatusoutput("nvidia-smi --format=csv,noheader --query-gpu=" + field)
+    return [] if bad else text.splitlines()
 
 
 def find_slots(options: argparse.Namespace) -> tuple[list[str], int]:
@@ -187,11 +184,10 @@ def find_slots(options: argparse.Namespace) -> tuple[list[str], int]:
     gpus = [gpu for gpu in visible if gpu not in ("", "-1", "NoDevFiles") and not options.jobs]
     if not gpus and not options.jobs and (options.task or options.runs_per_gpu):
         die("no GPU found; use --jobs, or with --slurm ask for one in benchmark/slurm.sbatch")
-    options.jobs = options.jobs or int(not gpus)
-    slots = gpus * (options.runs_per_gpu or 1) or [""] * options.jobs
+    slots = gpus * (options.runs_per_gpu or 1) or [""] * (options.jobs or 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
     with contextlib.suppress(OSError, ValueError):  # no container; "max", no limit
+        cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = min(cores, (quota + period - 1) // period)
     return slots, max(1, cores // len(slots))
@@ -200,10 +196,9 @@ def find_slots(options: argparse.Namespace) -> tuple[list[str], int]:
 def command_of(run: Path, gpu: str, options: argparse.Namespace, threads: int) -> list[str]:
     words = ["--env-id", run.parent.name, "--seed", run.name.removeprefix("seed")]
     words += ["--preset", options.preset, "--run-dir", str(run), "--resume"]
-    # A run goes on with the threads it was begun with: on a CPU they are part of its result.
-    begun = (run / "args.json").exists()
+    begun = (run / "args.json").exists()  # then its threads stay: on a CPU they change the result
     words += [] if begun or "--threads" in options.settings else ["--threads", str(threads)]
-    # Without it a PyTorch that does not find the GPU would train on the CPU, for weeks.
+    # Without it a PyTorch that finds no GPU would train on the CPU, for weeks.
     words += ["--device", "cuda"] if gpu and "--device" not in options.settings else []
     return [sys.executable, str(options.script), *words, *options.extra]
 
@@ -232,9 +227,8 @@ def begin(run: Path, gpu: str, options: argparse.Namespace, threads: int) -> Job
     note(run, f"begun on {os.uname().nodename}, {where}", f": {shlex.join(command)}")
     # A session of its own: Ctrl-C reaches the runner alone. The run inherits the lock.
     how = dict(stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True)
-    with open(run / "log.txt", "a") as log:
-        how |= dict(stdout=log, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
-        return Job(run, subprocess.Popen(command, pass_fds=[held.fileno()], **how), held)
+    how |= dict(stdout=open(run / "log.txt", "a"), env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
+    return Job(run, subprocess.Popen(command, pass_fds=[held.fileno()], **how), held)
 
 
 def kill(job: Job, number: int) -> None:  # all processes of a run, which are a group of their own
@@ -246,21 +240,21 @@ def end(job: Job, stopped: bool) -> bool:
     """Note what came of a run whose process has ended. Did it fail?"""
     kill(job, signal.SIGKILL)  # what it left behind
     status, (result, wrong) = job.process.returncode, read_result(job.run)
-    text = f"status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
+    text = f"status {status}" if status >= 0 else f"killed by signal {-status}"
     if result:
         text = f"done: return {result['mean_return']:,.1f}"
     elif stopped or -status in SIGNALS or status == 130:
         text = f"stopped: {text}"
     else:
-        text = f"failed: {text}, {[wrong or 'no result', *look(job.run)[3]][-bool(status)]}"
+        said = look(job.run)[3] or ["no output"]
+        text = f"failed: {text}, {said[-1] if status else wrong or 'no result'}"
     note(job.run, text)
     job.lock.close()
     return text.startswith("failed")
 
 
 def pool(options: argparse.Namespace, runs: list[Path], slots: list[str], threads: int) -> int:
-    """Run what is not done. A slot takes the next run as soon as it is free; a run that fails is
-    tried once again, after all others. Returns 0, or the signal that ended it."""
+    """Fill the slots as they get free; what fails is tried once again. 0, or the signal that came."""
     todo, tries, jobs, signals = collections.deque(runs), collections.Counter(), {}, []
     for number in [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]:  # nohup
         signal.signal(number, lambda n, _: signals.append(n))
@@ -306,7 +300,7 @@ def submit(options: argparse.Namespace, runs: list[Path], argv: list[str]) -> in
     return subprocess.run(["sbatch", *words]).returncode
 
 
-def cost(options: argparse.Namespace, runs: list[Path], missing: int) -> str:
+def cost(options: argparse.Namespace, runs: list[Path], missing: int, unit: str) -> str:
     """By the finished runs, else by a measurement of the paper preset on this kind of GPU."""
     done = [result["wall_seconds"] / 3600 for result, _ in map(read_result, runs) if result]
     each, k, source = sum(done) / max(len(done), 1), options.runs_per_gpu or 1, "the finished runs"
@@ -316,7 +310,7 @@ def cost(options: argparse.Namespace, runs: list[Path], missing: int) -> str:
             if "projected_hours" in found and found["device"] in nvidia_smi("name"):
                 each, k, source = found["projected_hours"], 1, f"{path.name}, one run alone"
     hours = f"{missing * each / k:,.1f} ({each:.1f} a run, from {source})"
-    todo = f"{missing} of {len(runs)} runs to do, {'run' if options.jobs else 'GPU'}-hours:"
+    todo = f"{missing} of {len(runs)} runs to do, {unit}-hours:"
     return f"{todo} {hours if each else 'not measured'}"
 
 
@@ -337,7 +331,7 @@ def main(argv: list[str]) -> int:
     if options.dry_run:
         for run in missing if slots else ():
             print(shlex.join(command_of(run, slots[0], options, threads)))
-        print(cost(options, runs, len(missing)))
+        print(cost(options, runs, len(missing), "run" if options.jobs or "" in slots else "GPU"))
     if options.dry_run or options.slurm:
         return submit(options, missing, argv) if options.slurm and missing else 0
     ended = pool(options, missing, slots, threads)

@@ -193,7 +193,7 @@ def test_failed_runs_are_tried_once_again_and_listed(here):
     assert status == 1 and begun(*runs) == [2, 1, 1, 2, 2, 2]
     log_of = r"Krull/seed0 failed: status 1, the reason of the crash; \S.+/log.txt ends:\n    on "
     assert re.search(log_of + r".*\n.*\n    the reason of the crash\n", said), said
-    assert "Krull/seed1 failed: killed by SIGKILL" in said
+    assert "Krull/seed1 failed: killed by signal 9" in said
     assert "Krull/seed2 failed: status 0, no result" in said
     lines = [line.split() for line in call(f"--status {arguments}")[1].splitlines()]
     assert lines[0] == "Pong 3 done 0 running 0 failed 0 waiting return 7.5".split()
