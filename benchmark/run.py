@@ -204,11 +204,11 @@ def command_of(run: Path, gpu: str, options: argparse.Namespace, threads: int) -
 
 
 def note(run: Path, text: str, more: str = "") -> None:
-    """To the terminal, and to the log, where `look` finds it."""
+    """To the log, where `look` finds it, and to the terminal."""
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    print(now, name_of(run), text, flush=True)
     with open(run / "log.txt", "a") as log:
         log.write(f"\n{MARK}{now} {text}{more}\n")
+    print(now, name_of(run), text, flush=True)
 
 
 def begin(run: Path, gpu: str, options: argparse.Namespace, threads: int) -> Job | None:
