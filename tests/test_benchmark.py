@@ -46,7 +46,7 @@ if does == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(600 if does == "hold" and not again else float(os.environ.get("SECONDS_EACH", 0)) * (1 + seed % 2))
 result = dict(env_id=game, seed=seed, returns=[7.0, 8.0], mean_return=7.5, wall_seconds=7200)
-(folder / "span.json").write_text(json.dumps(dict(begun=begun, ended=time.time(), device=device)))
+(folder / "span.json").write_text(json.dumps([device, begun, time.time()]))
 if does != "nothing":
     (folder / "result.json").write_text(json.dumps(result))
 """
@@ -66,7 +66,6 @@ def save_and_wait(run_dir, content, save=jedi.save_checkpoint):
 jedi.save_checkpoint, jedi.CHECKPOINT_SECONDS = save_and_wait, 0
 sys.exit(jedi.main())
 """
-RUNNERS = []
 
 
 @pytest.fixture
@@ -78,18 +77,14 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PYTHON", sys.executable)
-    yield here
-    for runner in RUNNERS:  # of a test that failed
-        runner.terminate()
-        runner.wait(timeout=30)
+    return here
 
 
 def begin(arguments: str, script: str = "../stub.py", **env: str) -> subprocess.Popen:
     """In a session of its own, as in a terminal, where Ctrl-C reaches the whole process group."""
     how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True)
     command = [str(ROOT / "benchmark.sh"), "--script", script, *arguments.split()]
-    RUNNERS.append(subprocess.Popen(command, env={**os.environ, **env}, **how))
-    return RUNNERS[-1]
+    return subprocess.Popen(command, env={**os.environ, **env}, **how)
 
 
 def finish(runner: subprocess.Popen) -> tuple[int, str]:
@@ -117,11 +112,6 @@ def log(run: str) -> str:
 def begun(*runs: str) -> list[int]:
     """How often each of these runs was begun."""
     return [len(re.findall("=== benchmark.sh: .* begun on", log(run))) for run in runs]
-
-
-def spans() -> list[dict]:
-    found = [json.loads(path.read_text()) for path in Path("o").glob("*/*/span.json")]
-    return sorted(found, key=lambda span: span["begun"])
 
 
 @pytest.mark.parametrize("script", ["jedi_atari.py", "jedi_atari_stochastic.py"])
@@ -205,50 +195,43 @@ def test_failed_runs_are_tried_once_again_and_listed(here):
 def test_a_slot_takes_the_next_run_as_soon_as_it_is_free(here):
     arguments = "--games Pong,Krull,Qbert,Hero --seeds 0-2 --out o --runs-per-gpu 2"
     status, said = call(arguments, CUDA_VISIBLE_DEVICES="3,GPU-x", SECONDS_EACH="1")
-    assert status == 0 and len(spans()) == 12, said
+    spans = [json.loads(path.read_text()) for path in Path("o").glob("*/*/span.json")]
+    assert status == 0 and len(spans) == 12, said
     for device in ("3", "GPU-x"):
-        mine = [span for span in spans() if span["device"] == device]
-        together = [sum(a["begun"] <= b["begun"] < a["ended"] for a in mine) for b in mine]
+        mine = sorted(span[1:] for span in spans if span[0] == device)  # begun, ended
+        together = [sum(a[0] <= b[0] < a[1] for a in mine) for b in mine]
         assert len(mine) >= 4 and max(together) == 2  # as many as asked for, not one more
         # The third run begins when the first of this GPU has ended, the fourth after the second, ...
-        ends = sorted(span["ended"] for span in mine)
-        waits = [span["begun"] - end for span, end in zip(mine[2:], ends, strict=False)]
+        ends = sorted(ended for _, ended in mine)
+        waits = [begun - end for (begun, _), end in zip(mine[2:], ends, strict=False)]
         assert all(0 <= wait < 1.5 for wait in waits), waits
     assert call("--games Pong --seeds 7 --out o --jobs 2", CUDA_VISIBLE_DEVICES="3")[0] == 0
     assert f"on , threads {max(1, jedi.usable_cores() // 2)}" in log("Pong/seed7")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_the_runs_and_the_same_call_carries_on(number, here):
-    arguments, runs = "--games Pong --seeds 0-3 --jobs 2 --out o", ("Pong/seed0", "Pong/seed1")
-    runner = begin(arguments, STUB=" ".join(f"{run}=hold" for run in runs))
-    wait_until(lambda: all("epoch" in log(run) for run in runs), "the runs")
-    line = r"2 running .* seed0 epoch 1/3601, \d+\.\d h left; seed1 epoch 1/3601"
-    assert re.search(line, call(f"--status {arguments}")[1])
+@pytest.mark.parametrize("seconds", [0.1, 0.2, 0.4, 2])
+def test_a_signal_at_any_moment_stops_the_runs_and_the_same_call_resumes(number, seconds, here):
+    arguments = "--games Pong --seeds 0-2 --jobs 2 --out o"
+    runner = begin(arguments, STUB="Pong/seed0=hold Pong/seed1=hold")
+    time.sleep(seconds)
     os.killpg(runner.pid, number)
     status, said = finish(runner)
-    assert status == 128 + number and f"stopped by {number.name}; repeat" in said
-    assert "4 runs: 0 done, 0 running, 0 failed, 4 waiting" in said
-    assert call(arguments)[0] == 0 and begun(*runs) == [2, 2]
-
-
-@pytest.mark.parametrize("seconds", [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9])
-def test_ctrl_c_at_any_moment(seconds, here):
-    arguments = "--games Pong --seeds 0-1 --jobs 2 --out o"
-    runner = begin(arguments, SECONDS_EACH="600")
-    time.sleep(seconds)
-    os.killpg(runner.pid, signal.SIGINT)
-    assert finish(runner)[0] in (130, -signal.SIGINT)
-    assert "2 runs: 0 done, 0 running, 0 failed" in call(f"--status {arguments}")[1]
+    assert status in (128 + number, -number)  # the second where Python had not yet started
+    if seconds == 2:
+        assert status > 0 and f"stopped by {number.name}; repeat the same call" in said
+    said = call(f"--status {arguments}")[1]
+    assert said.endswith("3 runs: 0 done, 0 running, 0 failed, 3 waiting\n")
+    assert call(arguments)[0] == 0
 
 
 def test_two_runners_on_one_folder_never_start_the_same_run(here):
     arguments = "--games Pong,Krull,Hero,Qbert --seeds 0-1 --jobs 2 --out o"
     said = [finish(runner)[1] for runner in [begin(arguments, SECONDS_EACH="1") for _ in range(2)]]
     assert min(text.count(" begun on ") for text in said) > 0  # both had a part in it
-    games = ("Pong", "Krull", "Hero", "Qbert")
-    assert begun(*(f"{game}/seed{k}" for game in games for k in (0, 1))) == [1] * 8, said
-    assert call(arguments)[0] == 0
+    assert (
+        begun(*(str(path.parent)[2:] for path in Path("o").glob("*/*/result.json"))) == [1] * 8
+    ), said
 
 
 def test_runs_of_a_killed_runner_are_left_alone(here):
@@ -256,6 +239,8 @@ def test_runs_of_a_killed_runner_are_left_alone(here):
     runner = begin(arguments, STUB="Pong/seed0=hold")
     wait_until(lambda: "epoch" in log("Pong/seed0"), "the run")
     runner.kill()
+    line = r"1 running .* seed0 epoch 1/3601, \d+\.\d h left"
+    assert re.search(line, call(f"--status {arguments}")[1])
     status, said = call(arguments)
     assert status == 1 and "Pong/seed0 is being run by another process" in said
     assert "2 runs: 1 done, 1 running" in said and begun("Pong/seed0") == [1]
@@ -264,10 +249,10 @@ def test_runs_of_a_killed_runner_are_left_alone(here):
     assert call(arguments)[0] == 0
 
 
-SPOIL = [(r"(?s)(.{20}).*", r"\1"), ("(?s).*", ""), ("7.5", "NaN"), ("7.0, 8.0", ""), ("0,", "1,")]
+CUT = ("(?s)(.{20}).*", r"\1")  # half-written
 
 
-@pytest.mark.parametrize(("old", "new"), SPOIL)
+@pytest.mark.parametrize(("old", "new"), [CUT, ("7.5", "NaN"), ("7.0, 8.0", ""), ("0,", "1,")])
 def test_a_spoilt_result_is_unfinished_and_named(old, new, here):
     arguments, path = "--games Pong --seeds 0 --out o", Path("o/Pong/seed0/result.json")
     assert call(arguments)[0] == 0
@@ -279,25 +264,18 @@ def test_a_spoilt_result_is_unfinished_and_named(old, new, here):
     assert path.with_name("result.json.broken").read_text() == spoilt
 
 
-@pytest.fixture(scope="module")
-def slurm():
-    """A cluster of two nodes with a GPU each, made for these tests; the folder that holds it."""
+@pytest.fixture
+def cluster(here, monkeypatch):
+    """A real SLURM of two nodes with a fake GPU each, made for the test; the folder that holds it."""
     root = f"/tmp/slurm-{os.getpid()}"  # short, for a socket's path
     up = subprocess.run([SLURM / "up.sh", root], capture_output=True, text=True)
     if up.returncode == 77 and not os.environ.get("SLURM_REQUIRED"):
         pytest.skip(up.stderr.splitlines()[-1])
     assert up.returncode == 0, up.stderr
-    yield root
-    subprocess.run([SLURM / "down.sh", root], check=True)
-
-
-@pytest.fixture
-def cluster(slurm, here, monkeypatch):
-    monkeypatch.setenv("SLURM_CONF", f"{slurm}/slurm.conf")
+    monkeypatch.setenv("SLURM_CONF", f"{root}/slurm.conf")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # it is SLURM's to give
-    yield slurm
-    subprocess.run(["scancel", "--user", str(os.getuid())], check=True)
-    wait_until(lambda: not queue(), "an empty queue")
+    yield root
+    subprocess.run([SLURM / "down.sh", root], check=True)  # cancels all jobs
 
 
 def ask(*words: str) -> str:
@@ -330,7 +308,7 @@ def test_slurm_packs_runs_and_collects_each_exit_status(cluster, here):
     codes = [re.search(r"ExitCode=(\S+)", text)[1] for text in jobs]
     assert codes == ["1:0", "1:0", "0:0"]  # Pong 0, Krull 0; Qbert 0, Pong 1; Krull 1, Qbert 1
     assert "6 runs: 4 done, 0 running, 2 failed" in call(f"--status {arguments}")[1]
-    assert {span["device"] for span in spans()} == {"0"}
+    assert "GPU 0: " in log("Pong/seed0") and "--device cuda" in log("Pong/seed0")
     submit(f"--jobs 1 {arguments}")  # what is missing and nothing else; now a task each, on CPUs
     assert tasks() == "Krull/seed0\nQbert/seed0\n"
     wait_until(lambda: not queue(), "the end of the second array")
@@ -372,9 +350,6 @@ def test_a_run_of_an_interrupted_pool_comes_to_what_a_plain_run_comes_to(here):
     Path("gate").touch()
     assert call(arguments, "../held.py")[0] == 0
     assert "resumed after epoch 1" in log(run) and outcome(Path("o", run)) == plain(run)
-    Path("o", run, "result.json").write_text("{")  # spoilt afterwards: it is finished once more
-    assert call(arguments, "../held.py")[0] == 0
-    assert outcome(Path("o", run)) == plain(run)
 
 
 def test_slurm_requeued_and_cancelled_runs_come_to_what_plain_runs_come_to(cluster):
