@@ -10,7 +10,7 @@
 # The Python is the one that the runs use, so activate its environment first; PYTHON=... names another.
 set -euo pipefail
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 for python in ${PYTHON:+"$PYTHON"} python python3; do
     if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
         exec "$python" "$here/benchmark/run.py" "$@"

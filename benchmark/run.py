@@ -29,7 +29,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 GAMES = json.loads((HERE / "published.json").read_text())["games"]
-MARK = "=== benchmark.sh: "
+MARK, TIME = "=== benchmark.sh: ", "%Y-%m-%d %H:%M:%S"
+NVIDIA_SMI = "nvidia-smi --format=csv,noheader --query-gpu"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 OURS = "-h help preset seed env-id run-dir eval-only resume no-resume dry-run no-dry-run".split()
 Job = collections.namedtuple("Job", "run process lock")
@@ -85,26 +86,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if (options.slurm_arg or options.runs_per_task) and not options.slurm:
         die("--slurm-arg and --runs-per-task go with --slurm")
     options.script = options.script.resolve()
-    options.out = Path(options.out or f"runs/{options.script.stem}-{options.preset}").absolute()
+    options.out = Path(options.out or f"runs/{options.script.stem}-{options.preset}").resolve()
     options.settings = shlex.join([options.script.name, "--preset", options.preset, *options.extra])
     return options
 
 
 def prepare(options: argparse.Namespace, run: Path) -> None:
     """Make the folder, unless it has other runs or the script, asked on the CPU, rejects this."""
-    kept = options.out / "benchmark.txt"
-    there = kept.read_text().strip() if kept.exists() else ""
-    if there not in ("", options.settings):
-        die(f"--out has runs of '{there}', not of '{options.settings}'; choose another folder")
     ask = command_of(run, "", options, 1) + "--run-dir= --no-resume --device=cpu --dry-run".split()
     if subprocess.run(ask, stdout=subprocess.DEVNULL, start_new_session=True).returncode:
         die(f"{options.script} rejects this, see above; if a module is missing, set PYTHON=...")
-    if not (there or options.dry_run):
+    kept = options.out / "benchmark.txt"
+    if not (options.dry_run or kept.exists() and kept.read_text()):
         options.out.mkdir(parents=True, exist_ok=True)
-        kept.write_text(options.settings + "\n")
+        with open(kept, "a") as file:  # of two runners at once the first one's line holds
+            file.write(options.settings + "\n")
+    there = kept.read_text().partition("\n")[0] if kept.exists() else ""
+    if there not in ("", options.settings):
+        die(f"--out has runs of '{there}', not of '{options.settings}'; choose another folder")
 
 
-# ---- Where a run stands, from its folder -----------------------------------------------------------
 def name_of(run: Path) -> str:
     return f"{run.parent.name}/{run.name}"
 
@@ -116,7 +117,7 @@ def read_result(run: Path) -> tuple[dict | None, str]:
         result = json.loads(path.read_text())
         numbers = [result["mean_return"], result["wall_seconds"], *result["returns"]]
         whose = f"{result['env_id']}/seed{result['seed']}"
-        if len(numbers) > 2 and sum(map(abs, numbers)) < float("inf") and whose == name_of(run):
+        if whose == name_of(run) and len(numbers) > 2 and sum(map(abs, numbers), 0.0) < 1e300:
             return result, ""
     return None, "result.json is incomplete, invalid or of another run" * path.exists()
 
@@ -124,7 +125,7 @@ def read_result(run: Path) -> tuple[dict | None, str]:
 def lock(run: Path, how: int = fcntl.LOCK_EX):
     """The open lock file, or None: another process has it. Always open where there are no locks."""
     file = open(run / ".runner.lock", "a" if how == fcntl.LOCK_EX else "r")
-    for _ in range(5):  # --status has it for a moment
+    for _ in range(5 if how == fcntl.LOCK_EX else 1):  # --status has it for a moment
         try:
             fcntl.flock(file, how | fcntl.LOCK_NB)
             return file
@@ -138,7 +139,7 @@ def lock(run: Path, how: int = fcntl.LOCK_EX):
 def look(run: Path) -> tuple[str, str, dict | None, list[str]]:
     """done, running, failed or waiting; a note on it; the result; the end of the run's output."""
     (result, wrong), path = read_result(run), run / "log.txt"
-    log = path.read_text(errors="replace") if path.exists() else ""
+    log = path.read_text(errors="replace") if path.is_file() else ""
     said = [line for part in log.split(MARK)[-2:] for line in part.splitlines()[1:] if line.strip()]
     state, text, last = "waiting", wrong, log.rpartition(MARK)[2]
     if result:
@@ -172,15 +173,10 @@ def show(options: argparse.Namespace, runs: list[Path]) -> int:
     return int(total["done"] < len(runs))
 
 
-# ---- The pool: runs of this machine, or of one task of a job array ---------------------------------
-def nvidia_smi(field: str) -> list[str]:
-    bad, text = subprocess.getstatusoutput("nvidia-smi --format=csv,noheader --query-gpu=" + field)
-    return [] if bad else text.splitlines()
-
-
 def find_slots(options: argparse.Namespace) -> tuple[list[str], int]:
     """The GPU of each run that goes at once ('' for the CPU), and a run's share of the cores."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(nvidia_smi("index"))).split(",")
+    found = filter(str.isdigit, subprocess.getoutput(f"{NVIDIA_SMI}=index").splitlines())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(found)).split(",")
     gpus = [gpu for gpu in visible if gpu not in ("", "-1", "NoDevFiles") and not options.jobs]
     if not gpus and not options.jobs and (options.task or options.runs_per_gpu):
         die("no GPU found; use --jobs, or with --slurm ask for one in benchmark/slurm.sbatch")
@@ -203,24 +199,28 @@ def command_of(run: Path, gpu: str, options: argparse.Namespace, threads: int) -
     return [sys.executable, str(options.script), *words, *options.extra]
 
 
+def say(*words: object) -> None:
+    with contextlib.suppress(OSError):  # a closed terminal or pipe ends no run
+        print(time.strftime(TIME), *words, flush=True)
+
+
 def note(run: Path, text: str, more: str = "") -> None:
     """To the log, where `look` finds it, and to the terminal."""
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
     with open(run / "log.txt", "a") as log:
-        log.write(f"\n{MARK}{now} {text}{more}\n")
-    print(now, name_of(run), text, flush=True)
+        log.write(f"\n{MARK}{time.strftime(TIME)} {text}{more}\n")
+    say(name_of(run), text)
 
 
 def begin(run: Path, gpu: str, options: argparse.Namespace, threads: int) -> Job | None:
     """Begin a run or carry it on; None if it is done by now, or another process is at work on it."""
     run.mkdir(parents=True, exist_ok=True)
     if not (held := lock(run)):
-        return print(name_of(run), "is being run by another process; skipped", flush=True)
+        return say(name_of(run), "is being run by another process; skipped")
     result, wrong = read_result(run)
     if result:
         return held.close()
     if wrong:
-        print(f"{name_of(run)}: {wrong}; kept as result.json.broken, the run is carried on")
+        say(f"{name_of(run)}: {wrong}; kept as result.json.broken, the run is carried on")
         (run / "result.json").replace(run / "result.json.broken")
     command, where = command_of(run, gpu, options, threads), f"GPU {gpu}" if gpu else "CPU"
     os.utime(held.fileno())
@@ -261,43 +261,42 @@ def pool(options: argparse.Namespace, runs: list[Path], slots: list[str], thread
     try:
         while jobs or (todo and not signals):
             for slot, gpu in enumerate(slots):
-                if slot in jobs and jobs[slot].process.poll() is not None:
-                    job = jobs.pop(slot)
-                    if end(job, bool(signals)) and tries[job.run] < 2:
-                        todo.append(job.run)
-                while slot not in jobs and todo and not signals:
-                    tries[todo[0]] += 1
-                    try:
+                try:
+                    if slot in jobs and jobs[slot].process.poll() is not None:
+                        job = jobs.pop(slot)
+                        if end(job, bool(signals)) and tries[job.run] < 2:
+                            todo.append(job.run)
+                    while slot not in jobs and todo and not signals:
+                        tries[todo[0]] += 1
                         if job := begin(todo.popleft(), gpu, options, threads):
                             jobs[slot] = job
-                    except OSError as error:  # a folder that cannot be written
-                        print(f"cannot start a run: {error}", flush=True)
+                except OSError as error:  # a folder that is gone or cannot be written
+                    say(f"a run is left out: {error}")
             for job in jobs.values() if signals else ():  # a second signal is for one that hangs
                 kill(job, signal.SIGKILL if len(signals) > 1 else signal.SIGTERM)
             time.sleep(0.2)
-    finally:  # an error of this program, such as a full disk, leaves no run behind
+    finally:  # an error of this program leaves no run behind
         for job in jobs.values():
             kill(job, signal.SIGTERM)
     return signals[0] if signals else 0
 
 
-# ---- SLURM, and what a benchmark costs -------------------------------------------------------------
 def submit(options: argparse.Namespace, runs: list[Path], argv: list[str]) -> int:
     """Submit a job array of these runs, or print it with --dry-run; sbatch's exit status."""
     size = options.runs_per_task or options.runs_per_gpu or options.jobs or 1
     tasks = [" ".join(map(name_of, runs[i : i + size])) for i in range(0, len(runs), size)]
     path, name = options.out / f"slurm/{time.time_ns()}.runs", re.sub(r"\W", "-", str(options.out))
     log = str(path.parent).replace("%", "%%")  # % has a meaning to sbatch
-    words = [f"--job-name={name}", f"--array=0-{len(tasks) - 1}", f"--output={log}/%A_%a.txt"]
-    words += ["--gres=none"] * bool(options.jobs) + options.slurm_arg + [str(HERE / "slurm.sbatch")]
-    words += [sys.executable, str(HERE / "run.py"), f"--task={path}", *argv]
+    words = [f"--output={log}/%A_%a.txt", *(["--gres=none"] * bool(options.jobs))]
+    words += [*options.slurm_arg, f"--job-name={name}", f"--array=0-{len(tasks) - 1}"]
+    words += [str(HERE / "slurm.sbatch"), sys.executable, __file__, f"--task={path}", *argv]
     if options.dry_run:
         return print(shlex.join(["sbatch", *words]), *tasks, sep="\n  ") or 0
     if queued := subprocess.getoutput(f"squeue --me --noheader --name={name}"):
         die(f"nothing submitted (to end these: scancel --name={name}); squeue says:\n{queued}", 1)
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(tasks) + "\n")
-    return subprocess.run(["sbatch", *words]).returncode
+    return int(subprocess.run(["sbatch", *words]).returncode > 0)
 
 
 def cost(options: argparse.Namespace, runs: list[Path], missing: int, unit: str) -> str:
@@ -305,9 +304,10 @@ def cost(options: argparse.Namespace, runs: list[Path], missing: int, unit: str)
     done = [result["wall_seconds"] / 3600 for result, _ in map(read_result, runs) if result]
     each, k, source = sum(done) / max(len(done), 1), options.runs_per_gpu or 1, "the finished runs"
     if not done and options.settings == "jedi_atari.py --preset paper" and not options.jobs:
+        cards = subprocess.getoutput(f"{NVIDIA_SMI}=name").splitlines()
         for path in HERE.parent.glob("results/speed/*.json"):
             found = json.loads(path.read_text())
-            if "projected_hours" in found and found["device"] in nvidia_smi("name"):
+            if "projected_hours" in found and found["device"] in cards:
                 each, k, source = found["projected_hours"], 1, f"{path.name}, one run alone"
     hours = f"{missing * each / k:,.1f} ({each:.1f} a run, from {source})"
     todo = f"{missing} of {len(runs)} runs to do, {unit}-hours:"
@@ -335,9 +335,9 @@ def main(argv: list[str]) -> int:
     if options.dry_run or options.slurm:
         return submit(options, missing, argv) if options.slurm and missing else 0
     ended = pool(options, missing, slots, threads)
-    status = show(options, runs)
     if ended == signal.SIGUSR1 and options.task:  # the warning before the time limit
         os.system("scontrol requeue ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID")
+    status = show(options, runs)
     if ended:
         print(f"stopped by {signal.Signals(ended).name}; repeat the same call to resume")
     return 128 + ended if ended else status
@@ -346,5 +346,5 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
-    except (OSError, KeyboardInterrupt) as problem:  # Ctrl-C before the pool, which heeds it itself
+    except (OSError, UnicodeError, KeyboardInterrupt) as problem:  # Ctrl-C before the pool
         die(str(problem) or "stopped", 1 if str(problem) else 130)

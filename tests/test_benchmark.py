@@ -127,15 +127,18 @@ def test_dry_run_prints_130_commands_that_the_script_accepts(script, here):
     assert pairs == sorted((game, seed) for game in ACTIONS for seed in range(5))
 
 
-def test_hours_are_those_of_finished_runs_or_measured_on_this_card(here):
+def test_hours_are_those_of_finished_runs_or_measured_on_this_card(here, monkeypatch):
     assert call("--games Pong --seeds 0-1 --out o")[0] == 0
     said = call("--dry-run --games Pong --out o")[1]
     assert "3 of 5 runs to do, run-hours: 6.0 (2.0 a run, from the finished runs)" in said
     said = call("--dry-run --games Pong --out o --runs-per-gpu 2", CUDA_VISIBLE_DEVICES="0")[1]
     assert "GPU-hours: 3.0 (2.0 a run" in said
-    (here / "nvidia-smi").write_text("#!/bin/sh\necho $CARD\n")
+    (here / "nvidia-smi").write_text('#!/bin/sh\nprintf "$CARD\\n0\\n1\\nWARNING: a, b\\n"\n')
     (here / "nvidia-smi").chmod(0o755)
-    env = dict(PATH=f"{here}:{os.environ['PATH']}", CUDA_VISIBLE_DEVICES="0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    env = dict(PATH=f"{here}:{os.environ['PATH']}")
+    assert call("--games Pong --seeds 7-9 --out o", CARD="", **env)[0] == 0
+    assert [log(f"Pong/seed{k}").count(f"GPU {k % 7}: ") for k in (7, 8)] == [1, 1]
     hours = json.loads((ROOT / "results/speed/h100.json").read_text())["projected_hours"]
     said = call("--dry-run", JEDI, CARD="NVIDIA H100 80GB HBM3", **env)[1]
     assert f"GPU-hours: {130 * hours:.1f} ({hours:.1f} a run, from h100.json" in said
@@ -232,6 +235,21 @@ def test_two_runners_on_one_folder_never_start_the_same_run(here):
     assert (
         begun(*(str(path.parent)[2:] for path in Path("o").glob("*/*/result.json"))) == [1] * 8
     ), said
+
+
+def test_of_two_settings_at_once_one_is_refused(here):
+    calls = [begin(f"--games Pong --seeds 0-3 --out o -- {word}") for word in ("--a", "--b")]
+    assert sorted(finish(runner)[0] for runner in calls) == [0, 2]
+
+
+def test_a_folder_that_is_gone_or_no_folder_costs_no_other_run(here):
+    Path("o/Pong").mkdir(parents=True)
+    Path("o/Pong/seed1").touch()
+    runner = begin("--games Pong --seeds 0-3 --jobs 2 --out o", SECONDS_EACH="1")
+    wait_until(lambda: "epoch" in log("Pong/seed0"), "the run")
+    subprocess.run(["rm", "-r", "o/Pong/seed0"], check=True)
+    status, said = finish(runner)
+    assert status == 1 and said.count("a run is left out: ") == 2 and "4 runs: 2 done" in said
 
 
 def test_runs_of_a_killed_runner_are_left_alone(here):
