@@ -1,18 +1,22 @@
-"""What the benchmarks share: where a figure was measured, waiting for a device, changing a function for a while."""
+"""What the benchmarks share: raw results, one a line; tables and pictures beside them; changing a function for a while.
+
+Needs no PyTorch. An experiment is three files: NAME.jsonl, the raw results, each with the commit, versions and
+processor that it was measured with; NAME.md and NAME.png, which the script makes from them again with --table.
+"""
 
 import contextlib
 import dataclasses
 import importlib.metadata
+import io
 import json
 import os
 import platform
-import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
-
-import torch
 
 os.environ["MPLBACKEND"] = "agg"  # pictures go to files; a notebook's may not be here
 
@@ -25,64 +29,158 @@ NARROW = dict(
 PACKAGES = ("torch", "gymnasium", "ale-py", "numpy")
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a figure depends on."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **found}
+class BadInput(ValueError):
+    """Something the user gave is wrong; the message is one line that says what, and what to do."""
 
 
-def git_commit() -> str | None:
-    """The commit of the scripts, with `-dirty` where they were changed since; None outside git."""
-    folder = str(Path(__file__).resolve().parent)
-    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+def run(script: str, main: Callable, *given) -> int:
+    """Exit status of a script: 0; 2 for bad input, 1 where a file cannot be read or written, each with one line."""
+    try:
+        main(*given)
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError):
+            return print(f"{script}: failed: {error}", file=sys.stderr) or 1
+        if type(error).__name__ != "BadInput":  # the training script has its own
+            raise
+        return print(f"{script}: error: {error}", file=sys.stderr) or 2
+    return 0
+
+
+# --- where a figure was measured
+
+
+def about(script: str) -> dict:
+    """The command, the commit (`-dirty` where files were changed since; None outside git), processor and versions."""
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
+    commit = None
     with contextlib.suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    return None
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "command": shlex.join(["python", f"benchmark/{script}", *sys.argv[1:]]),
+        "git_commit": commit,
+        "processor": processor(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def processor() -> str:
+    """Its name, as far as it is known."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def clock(seconds: float) -> str:
-    """Seconds -> `1 d 02:03:04`, `2:03:04` or `3:04`."""
+    """Seconds -> `2:03:04` or `3:04`."""
     minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
-    return f"{hours // 24} d {hours % 24:02d}:{m:02d}:{s:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes: of the device on a GPU, of the process on a CPU; None where that is not known (not Linux)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):  # not getrusage, which counts a parent in
-        found = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
-        return found and 1024 * int(found[1])
-    return None
+# --- raw results, tables, pictures
 
 
-def gib(count: int | None) -> str:
-    """Bytes -> `1.25 GiB`."""
-    return "-" if count is None else f"{count / 2**30:.2f} GiB"
+def read_rows(path: Path, *keys: str) -> list[dict]:
+    """Raw results, one JSON object a line, all with these keys; none where there is no file. Raises `BadInput`."""
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; give a file that ends in .jsonl")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is not text (UTF-8); give a file that ends in .jsonl") from None
+    rows = [read_object(line, f"{path}, line {i},") for i, line in enumerate(lines, 1)]
+    for i, row in enumerate(rows, 1):
+        if missing := [key for key in keys if key not in row]:
+            raise BadInput(f"{path}, line {i}, has no {missing[0]!r}; delete that line")
+    return rows
 
 
-def finite(content: dict) -> dict:
-    """A copy with None for NaN and infinities, which are no JSON: a measure over nothing."""
-    return json.loads(json.dumps(content), parse_constant=lambda _: None)
+def read_object(text: str, where: str, remedy: str = "delete that line") -> dict:
+    """A JSON object; NaN and infinities, which are not JSON, are let through to the checks of each key."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise BadInput(f"{where} is cut off or not JSON ({error}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{where} is not a JSON object; {remedy}")
+    return content
+
+
+def add_row(path: Path, row: dict, again: bool = False) -> None:
+    """Append a raw result, or put it in the last one's place; NaN and infinities, measures over nothing, become null."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = json.loads(json.dumps(row), parse_constant=lambda _: None)
+    before = (
+        path.read_text(encoding="utf-8").splitlines()[: -1 if again else None]
+        if path.exists()
+        else []
+    )
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(
+        "".join(f"{line}\n" for line in [*before, json.dumps(row)]), encoding="utf-8"
+    )
+    temporary.replace(path)
+
+
+def markdown(header: Iterable, rows: Iterable[Iterable]) -> str:
+    """A Markdown table; the first column is left-aligned."""
+    header = list(header)
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    clean = [[str(cell).replace("|", "\\|") for cell in row] for row in [header, rule, *rows]]
+    return "".join("| " + " | ".join(row) + " |\n" for row in clean)
+
+
+def new_figure(title: str, rows: int, columns: int, size: tuple, **options):
+    """A figure of matplotlib, and its panels as an array (rows, columns)."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    look = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
+    sides = {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "report"}
+    with matplotlib.rc_context(look | sides):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title, fontsize=9.5)
+        return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def save(figure, path: Path) -> None:
+    """A figure as PNG of 256 colours, a third of the bytes; the same bytes for the same numbers."""
+    from PIL import Image
+
+    figure.savefig(drawn := io.BytesIO(), dpi=110, bbox_inches="tight")
+    Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)
+
+
+def write_up(out: Path, text: str, draw: Callable) -> None:
+    """Beside OUT.jsonl: OUT.md, also printed, and OUT.png, by `draw(path)`."""
+    print(text, end="")
+    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    with drawing(out.with_suffix(".png")):
+        draw(out.with_suffix(".png"))
 
 
 @contextlib.contextmanager
-def drawing():
-    """What fails within is a picture: said in one line, it costs no result."""
+def drawing(path: Path):
+    """What fails within is a picture: said in one line, it costs no number; an older one does not stay."""
     try:
         yield
     except Exception as error:
+        path.unlink(missing_ok=True)
         text = " ".join(str(error).split())
-        print(f"no picture: {type(error).__name__}: {text}", file=sys.stderr)
+        print(f"no picture {path.name}: {type(error).__name__}: {text}", file=sys.stderr)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+# --- with the training script
 
 
 @contextlib.contextmanager
@@ -98,7 +196,7 @@ def replaced(owner: object, **values):
             setattr(owner, name, value)
 
 
-def play(script: ModuleType, agent: torch.nn.Module, args, seed: int, steps: int):
+def play(script: ModuleType, agent, args, seed: int, steps: int):
     """A `ReplayBuffer` of `steps` steps that an agent of this script plays, without exploration."""
     collector = script.Collector(dataclasses.replace(args, seed=seed, epsilon=0.0))
     replay = script.ReplayBuffer(2 * steps, agent.norm.mean.device)

@@ -1,11 +1,9 @@
 """A pixel diffusion agent of DIAMOND's sizes, the baseline of `speed.py`. It is built for measuring, not for playing.
 
 The same algorithm on frames in place of latents: a U-Net denoises the next 64 x 64 x 3 frame, the reward/termination
-model and the actor-critic each have an encoder of their own (arXiv 2405.12399, appendix D). Its blocks, its diffusion
-mathematics, its sampler and its optimisers are those of `jedi_atari.py`, and so is every optimisation: frames are
-uploaded once, nothing waits for the device within an update, one layer conditions all blocks, once for all steps of a
-sample, imagined trajectories have static shapes and are masked, the reward/termination model runs once over a whole
-trajectory. What differs is what must: frames in place of latents. 13,546,326 parameters at 18 actions.
+model and the actor-critic each have an encoder of their own (arXiv 2405.12399, appendix D). Losses, imagination,
+sampler, optimisers and blocks are those of `jedi_atari.py`, and so is every optimisation: the networks stand where
+JEDI's do, and `PixelAgent.latents` only scales the frames. 13,546,326 parameters at 18 actions.
 
 Shapes: B batch, T time, frames (B, T, 3, 64, 64) in [-1, 1] where the networks see them.
 """
@@ -13,7 +11,6 @@ Shapes: B batch, T time, frames (B, T, 3, 64, 64) in [-1, 1] where the networks 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -24,16 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jedi_atari as jedi
 
-CHANNELS, SIZE = 3, jedi.IMAGE_SIZE
-DENOISER_WIDTH, DENOISER_COND, REWARD_WIDTH, REWARD_COND, LSTM_SIZE, LEVELS, BLOCKS = (
-    64,
-    256,
-    32,
-    128,
-    512,
-    4,
-    2,
-)
+CHANNELS, SIZE, LEVELS, BLOCKS, LSTM_SIZE = 3, jedi.IMAGE_SIZE, 4, 2, 512
+DENOISER_WIDTH, DENOISER_COND = 64, 256
+REWARD_WIDTH, REWARD_COND = 32, 128
 POLICY_WIDTHS = (32, 32, 64, 64)
 
 
@@ -54,26 +44,18 @@ def in_chunks(network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return torch.cat([network(*part) for part in parts])
 
 
-class Downsample(nn.Module):
+class Downsample(nn.Conv2d):
     """Half the height and width."""
 
     def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        super().__init__(channels, channels, 3, stride=2, padding=1)
 
 
-class Upsample(nn.Module):
+class Upsample(nn.Sequential):
     """Twice the height and width."""
 
     def __init__(self, channels: int):
-        super().__init__()
-        self.conv = jedi.conv3x3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+        super().__init__(nn.Upsample(scale_factor=2), jedi.conv3x3(channels, channels))
 
 
 def levels_of(inputs: int, outputs: int, count: int) -> nn.ModuleList:
@@ -134,9 +116,8 @@ class PixelDenoiser(nn.Module):
         width, cond_dim = DENOISER_WIDTH, DENOISER_COND
         self.register_buffer("fourier", torch.randn(cond_dim // 2))
         self.action_embedding = nn.Embedding(num_actions, cond_dim // context_frames)
-        self.cond = nn.Sequential(
-            nn.Linear(cond_dim, cond_dim), nn.SiLU(), nn.Linear(cond_dim, cond_dim)
-        )
+        first, second = (nn.Linear(cond_dim, cond_dim) for _ in range(2))
+        self.cond = nn.Sequential(first, nn.SiLU(), second)
         self.conv_in = jedi.conv3x3((context_frames + 1) * CHANNELS, width)
         self.unet = UNet(width)
         self.scales = nn.Linear(cond_dim, sum(self.unet.sizes))
@@ -171,9 +152,10 @@ class PixelReward(nn.Module):
         self.sizes = sizes_of(self.levels, [self.middle])
         self.scales = nn.Linear(REWARD_COND, sum(self.sizes))
         self.lstm = jedi.LSTM(width * (SIZE >> (LEVELS - 1)) ** 2, LSTM_SIZE, batch_first=True)
-        self.head = nn.Sequential(
-            nn.Linear(LSTM_SIZE, LSTM_SIZE), nn.SiLU(), nn.Linear(LSTM_SIZE, 5, bias=False)
-        )
+        hidden, out = nn.Linear(LSTM_SIZE, LSTM_SIZE), nn.Linear(LSTM_SIZE, 5, bias=False)
+        self.head = nn.Sequential(hidden, nn.SiLU(), out)
+
+    forward = jedi.RewardTerminationModel.forward
 
     def features(self, frames: Tensor, actions: Tensor) -> Tensor:
         """frames (B, T + 1, 3, 64, 64), actions (B, T) -> (B, T, features): all that needs no recurrence."""
@@ -194,34 +176,21 @@ class PixelReward(nn.Module):
             x = block(x, next(scales))
         return x
 
-    def forward(self, frames: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """frames (B, T + 1, 3, 64, 64), actions (B, T) -> reward logits (B, T, 3) and end logits (B, T, 2)."""
-        return self.predict(self.lstm(self.features(frames, actions))[0])
 
-    def predict(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """LSTM output (B, T, 512) -> both logits."""
-        return self.head(hidden).float().split([3, 2], dim=-1)
+class FrameLSTM(jedi.LSTM):
+    """An LSTM that sees frames (B, T, 3 * 64 * 64) through a small convolutional encoder."""
 
-
-class PixelActorCritic(nn.Module):
-    """Frames through a small convolutional encoder and an LSTM. The counterpart of `jedi.ActorCritic`."""
-
-    def __init__(self, num_actions: int):
-        super().__init__()
+    def __init__(self):
         widths = (POLICY_WIDTHS[0], *POLICY_WIDTHS)
+        pixels = (SIZE >> len(POLICY_WIDTHS)) ** 2
+        super().__init__(widths[-1] * pixels, LSTM_SIZE, batch_first=True)
         self.conv_in = jedi.conv3x3(CHANNELS, widths[0])
-        self.stages = nn.ModuleList(
-            jedi.EncoderStage(i, o) for i, o in zip(widths, widths[1:], strict=False)
-        )
-        self.lstm = jedi.LSTM(
-            widths[-1] * (SIZE >> len(self.stages)) ** 2, LSTM_SIZE, batch_first=True
-        )
-        self.policy = jedi.zero_(nn.Linear(LSTM_SIZE, num_actions))
-        self.value = jedi.zero_(nn.Linear(LSTM_SIZE, 1))
+        stages = (jedi.EncoderStage(i, o) for i, o in zip(widths, widths[1:], strict=False))
+        self.stages = nn.ModuleList(stages)
 
-    def features(self, frames: Tensor) -> Tensor:
-        """(B, T, 3, 64, 64) -> (B, T, 1024)."""
-        return in_chunks(self.layers, frames.flatten(0, 1)).reshape(*frames.shape[:2], -1)
+    def forward(self, x: Tensor, state: tuple | None = None) -> tuple[Tensor, tuple]:
+        frames = x.reshape(-1, CHANNELS, SIZE, SIZE)
+        return super().forward(in_chunks(self.layers, frames).reshape(*x.shape[:2], -1), state)
 
     def layers(self, frames: Tensor) -> Tensor:
         """(N, 3, 64, 64) -> (N, 64, 4, 4)."""
@@ -230,110 +199,56 @@ class PixelActorCritic(nn.Module):
             x = F.max_pool2d(stage(x), 2)
         return x
 
-    def heads(self, features: Tensor, state: tuple | None) -> tuple[Tensor, Tensor, tuple]:
-        """Features (B, T, 1024), LSTM state -> action logits (B, T, A), values (B, T), new state."""
-        hidden, state = self.lstm(features, state)
-        return self.policy(hidden).float(), self.value(hidden).float().squeeze(-1), state
+
+class PixelActorCritic(nn.Module):
+    """The counterpart of `jedi.ActorCritic`; the gradient of its loss trains its encoder, too."""
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.lstm = FrameLSTM()
+        self.policy = jedi.zero_(nn.Linear(LSTM_SIZE, num_actions))
+        self.value = jedi.zero_(nn.Linear(LSTM_SIZE, 1))
+
+    forward = jedi.ActorCritic.forward
+
+
+class PixelNorm:
+    """The counterpart of `jedi.LatentNorm`: frames are as they are, and a denoised one is rounded to 256 values."""
+
+    clamp = staticmethod(quantise)
+
+    def update(self, x: Tensor, mask: Tensor) -> None:
+        """Nothing to learn."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
 
 
 class PixelAgent(nn.Module):
-    """The three networks; `jedi.sample_next_latent` samples a frame with it, by Euler steps, and quantises it."""
+    """The three networks, for `jedi.update`, `jedi.imagine` and `jedi.sample_next_latent`."""
 
     def __init__(self, num_actions: int, args: jedi.Args):
         super().__init__()
         self.denoiser = PixelDenoiser(num_actions, args)
         self.reward = PixelReward(num_actions)
         self.policy = PixelActorCritic(num_actions)
-        self.norm = SimpleNamespace(clamp=quantise)  # D_theta's last step
+        self.norm = PixelNorm()
         self.to(memory_format=torch.channels_last)
 
+    latents = staticmethod(to_pixels)
+    encode = jedi.Agent.encode
 
-def parameter_counts(agent: PixelAgent) -> dict[str, int]:
+
+def compile_networks(agent: PixelAgent) -> None:
+    """As `jedi.compile_networks`."""
+    parts = (agent.denoiser, "condition"), *((network, "layers") for network in agent.children())
+    for network, name in parts:
+        network = network.lstm if network is agent.policy else network
+        setattr(network, name, torch.compile(getattr(network, name), dynamic=False))
+
+
+def parameter_counts(agent: nn.Module) -> dict[str, int]:
     """Trainable parameters of each network."""
-    counts = {
-        name: sum(p.numel() for p in net.parameters()) for name, net in agent.named_children()
-    }
+    networks = agent.named_children()
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks}
     return {**counts, "total": sum(counts.values())}
-
-
-def diffusion_loss(
-    agent: PixelAgent, batch: jedi.Windows, args: jedi.Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Denoising loss over the target frames, each with the denoiser's own output of the one before as context."""
-    n = args.context_frames
-    frames = to_pixels(batch.frames) * batch.mask[..., None, None, None]
-    context, losses = list(frames[:, :n].unbind(1)), []
-    for i in range(args.target_frames):
-        target = frames[:, n + i]
-        noisy, sigma = jedi.add_noise(target, args)
-        c_in, c_out, c_skip, c_noise = jedi.precondition(sigma, args.sigma_data, args.sigma_offset)
-        cond = agent.denoiser.condition(c_noise, batch.actions[:, i : i + n])
-        output = agent.denoiser(c_in * noisy, torch.stack(context[-n:], dim=1), cond)
-        losses.append((output - (target - c_skip * noisy) / c_out).square().mean((1, 2, 3)))
-        own = quantise(c_skip * noisy + c_out * output).detach()
-        context.append(own * batch.mask[:, n + i, None, None, None])
-    loss = jedi.masked_mean(torch.stack(losses, dim=1), batch.mask[:, n:])
-    return loss, {"loss": loss.detach()}
-
-
-def reward_termination_loss(
-    agent: PixelAgent, batch: jedi.Windows, args: jedi.Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of the reward's sign and of termination."""
-    reward_logits, end_logits = agent.reward(to_pixels(batch.frames), batch.actions[:, :-1])
-    sign = batch.rewards[:, :-1].sign().long()
-    reward_error = F.cross_entropy(
-        reward_logits.flatten(0, 1), sign.flatten() + 1, reduction="none"
-    )
-    end_error = F.cross_entropy(
-        end_logits.flatten(0, 1), batch.ends[:, :-1].flatten().long(), reduction="none"
-    )
-    loss = jedi.masked_mean(reward_error + end_error, batch.mask.flatten())
-    return loss, {"loss": loss.detach()}
-
-
-@torch.no_grad()
-def imagine(agent: PixelAgent, start: jedi.Windows, args: jedi.Args) -> jedi.Imagined:
-    """Let the policy act for `args.horizon` steps in the world model; as `jedi.imagine`, on frames."""
-    n = args.context_frames
-    context = to_pixels(start.frames) * start.mask[..., None, None, None]
-    frames, actions = list(context.unbind(1)), list(start.actions[:, : n - 1].unbind(1))
-    burn_in = start.mask[:, : n - 1]
-    policy_state = state = jedi.masked_lstm(
-        agent.policy.lstm, agent.policy.features(context[:, : n - 1]), burn_in
-    )
-    for _ in range(args.horizon):
-        logits, _, state = agent.policy.heads(agent.policy.features(frames[-1][:, None]), state)
-        actions.append(jedi.sample_categorical(logits[:, 0]))
-        newest, taken = torch.stack(frames[-n:], dim=1), torch.stack(actions[-n:], dim=1)
-        frames.append(jedi.sample_next_latent(agent, newest, taken, args))
-    x, taken = torch.stack(frames, dim=1), torch.stack(actions, dim=1)
-    features = agent.reward.features(x, taken)
-    hidden, _ = agent.reward.lstm(
-        features[:, n - 1 :], jedi.masked_lstm(agent.reward.lstm, features[:, : n - 1], burn_in)
-    )
-    reward_logits, end_logits = agent.reward.predict(hidden)
-    rewards = (jedi.sample_categorical(reward_logits) - 1).float()
-    ends = jedi.sample_categorical(end_logits).bool()
-    ended_before = F.pad(ends, (1, 0))[:, :-1].long().cumsum(1) > 0
-    return jedi.Imagined(
-        x[:, n - 1 :], taken[:, n - 1 :], rewards, ends, ~ended_before, policy_state
-    )
-
-
-def actor_critic_loss(
-    agent: PixelAgent, batch: jedi.Windows, args: jedi.Args
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """REINFORCE with a value baseline on imagined play; here the gradient also trains the policy's own encoder."""
-    dream = imagine(agent, batch, args)
-    logits, values, _ = agent.policy.heads(agent.policy.features(dream.z), dream.policy_state)
-    returns = jedi.lambda_returns(
-        dream.rewards, dream.ends, values.detach(), args.gamma, args.td_lambda
-    )
-    log_probs = F.log_softmax(logits[:, :-1], dim=-1)
-    taken = log_probs.gather(-1, dream.actions[..., None]).squeeze(-1)
-    entropy = jedi.masked_mean(-(log_probs.exp() * log_probs).sum(-1), dream.alive)
-    policy_loss = jedi.masked_mean(-taken * (returns - values[:, :-1].detach()), dream.alive)
-    value_loss = jedi.masked_mean((values[:, :-1] - returns).square(), dream.alive)
-    loss = policy_loss + value_loss - args.entropy_weight * entropy
-    return loss, {"loss": loss.detach()}

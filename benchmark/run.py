@@ -305,9 +305,9 @@ def cost(options: argparse.Namespace, runs: list[Path], missing: int, unit: str)
     each, k, source = sum(done) / max(len(done), 1), options.runs_per_gpu or 1, "the finished runs"
     if not done and options.settings == "jedi_atari.py --preset paper" and not options.jobs:
         cards = subprocess.getoutput(f"{NVIDIA_SMI}=name").splitlines()
-        for path in HERE.parent.glob("results/speed/*.json"):
-            found = json.loads(path.read_text())
-            if "projected_hours" in found and found["device"] in cards:
+        path = HERE.parent / "results" / "speed.jsonl"
+        for found in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+            if found["device"] in cards:
                 each, k, source = found["projected_hours"], 1, f"{path.name}, one run alone"
     hours = f"{missing * each / k:,.1f} ({each:.1f} a run, from {source})"
     todo = f"{missing} of {len(runs)} runs to do, {unit}-hours:"

@@ -1,27 +1,26 @@
 """Does the world model know how uncertain it should be? Skill, and the spread of samples, with and without chance.
 
     python benchmark/stochasticity.py                       # two games, plain and stochastic; minutes on a CPU
-    python benchmark/stochasticity.py --games Krull --updates 1000
+    python benchmark/stochasticity.py --games Krull --updates 1000 --out krull.jsonl
+    python benchmark/stochasticity.py --table               # table and picture again, from the raw results
 
 For each game, played plainly and with sticky actions and random frame skips: train encoder and denoiser on random play,
 then, on other play,
 
-- skill: error of latents imagined 1 and 5 steps ahead over the error of "nothing changes" (below 1 is skill);
+- skill: error of latents imagined 1 and 5 steps ahead / error of predicting no change (below 1: better than that);
 - spread: at saved states of the emulator the same action is played many times with other draws of chance. The standard
   deviation of the latents that follow is the true spread; that of as many samples of the model, given the same past,
   is the model's. Their ratio should be 1; over the states, their rank correlation says whether the model is unsure
   where the game is. Without chance the true spread is 0; the model's is given as a share of a step's typical change.
 
 Settings compared: 1, 3 and 10 sampling steps; no churn and `s_churn` 1; and the sampler's first noise of unit variance,
-as the script has it, or multiplied by sigma_max, as in EDM's algorithm 2.
-
-Writes raw figures (JSON), a table (Markdown) and a picture (PNG) to --out.
+as the script has it, or multiplied by sigma_max, as in EDM's algorithm 2. --out FILE.jsonl is begun anew.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
-import json
 import math
 import sys
 import time
@@ -38,6 +37,15 @@ import common
 import jedi_atari_stochastic as jedi
 
 STEPS, CHURNS, STARTS = (1, 3, 10), (0.0, 1.0), ("unit", "sigma_max")
+SHOWN = ((3, 0.0, "unit"), (3, 1.0, "unit"), (3, 1.0, "sigma_max"), (10, 1.0, "sigma_max"))
+SETTING = ("sample_steps", "s_churn", "start")
+MEASURES = {
+    "skill_1": "error after 1",
+    "skill_5": "after 5",
+    "spread_ratio": "spread / true",
+    "spread_rank_correlation": "rank correlation",
+    "spread_share_of_change": "spread / change",
+}
 CHANCE = {
     "plain": dict(frame_skip_min=4, frame_skip_max=4, sticky_prob=0.0),
     "stochastic": dict(frame_skip_min=2, frame_skip_max=6, sticky_prob=0.25),
@@ -53,16 +61,16 @@ def train_world_model(args: jedi.Args, updates: int, steps: int) -> tuple[jedi.A
     env.close()
     replay = common.play(jedi, agent, args, args.seed, steps)  # the untrained policy is uniform
     optimizer = jedi.make_optimizer(agent, "diffusion", args)
-    losses = []
-    for number in range(updates):
-        metrics = jedi.update(agent, "diffusion", optimizer, replay, number, args, False)
-        losses.append(metrics["loss"])
+    losses = [
+        jedi.update(agent, "diffusion", optimizer, replay, number, args, False)["loss"]
+        for number in range(updates)
+    ]
     return agent, torch.stack(losses[-50:]).mean().item()
 
 
 @torch.no_grad()
 def skill(agent: jedi.Agent, heldout: jedi.ReplayBuffer, args: jedi.Args) -> dict[str, float]:
-    """Error of latents imagined 1 and 5 steps ahead over that of "nothing changes"."""
+    """Error of latents imagined 1 and 5 steps ahead / error of predicting no change."""
     n = args.context_frames
     windows = heldout.all_windows(n + 5, stride=1, count=96)
     z = agent.encode(windows.frames)
@@ -152,149 +160,95 @@ def spread(agent: jedi.Agent, moments: list[Situation], args: jedi.Args) -> dict
 
 
 def measure(game: str, chance: str, options: argparse.Namespace) -> list[dict]:
-    """All settings on one game."""
-    begun = time.monotonic()
-    sizes = common.NARROW | CHANCE[chance]
-    args = jedi.Args(**sizes, env_id=game, compile=False)
+    """All settings on one game, a row each."""
+    begun, rows = time.monotonic(), []
+    args = jedi.Args(**common.NARROW | CHANCE[chance], env_id=game, compile=False)
     agent, loss = train_world_model(args, options.updates, options.steps)
     heldout = common.play(jedi, agent, args, 1_000 + args.seed, 1_000)
     moments = situations(args, 2_000 + args.seed, options.situations, options.draws)
-    rows = []
     for steps, churn, start in itertools.product(STEPS, CHURNS, STARTS):
         setting = dataclasses.replace(args, sample_steps=steps, s_churn=churn, sample_start=start)
         torch.manual_seed(0)
-        row = {
-            "game": game,
-            "chance": chance,
-            "sample_steps": steps,
-            "s_churn": churn,
-            "start": start,
-            "loss": loss,
-        }
-        rows.append(
-            {
-                **row,
-                **skill(agent, heldout, setting),
-                **spread(agent, moments, setting),
-            }
-        )
-    print(
-        f"{game} {chance}: diffusion loss {loss:.3f}, {time.monotonic() - begun:.0f} s", flush=True
-    )
+        row = dict(game=game, chance=chance, sample_steps=steps, s_churn=churn, start=start)
+        row |= dict(loss=loss, updates=options.updates, steps=options.steps)
+        row |= skill(agent, heldout, setting) | spread(agent, moments, setting)
+        rows.append(row | common.about("stochasticity.py"))
+    took = time.monotonic() - begun
+    print(f"{game} {chance}: diffusion loss {loss:.3f}, {took:.0f} s", flush=True)
     return rows
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown."""
+    """Markdown, one row a setting of a game."""
+    show = lambda value: "" if value is None else f"{value:.2f}"  # noqa: E731
     lines = [
-        "| game | chance | sampling steps | churn | start | error after 1 | after 5 | spread / true | rank correlation "
-        "| spread / change |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        [row["game"], row["chance"], row["sample_steps"], f"{row['s_churn']:g}", row["start"]]
+        + [show(row[key]) for key in MEASURES]
+        for row in rows
     ]
-
-    def show(value: float | None) -> str:
-        return "" if value is None else f"{value:.2f}"
-
-    for row in rows:
-        cells = [
-            row["game"],
-            row["chance"],
-            str(row["sample_steps"]),
-            f"{row['s_churn']:g}",
-            row["start"],
-        ]
-        keys = (
-            "skill_1",
-            "skill_5",
-            "spread_ratio",
-            "spread_rank_correlation",
-            "spread_share_of_change",
-        )
-        lines.append("| " + " | ".join(cells + [show(row[key]) for key in keys]) + " |")
-    return "\n".join(lines) + "\n"
+    header = ["game", "chance", "sampling steps", "churn", "start", *MEASURES.values()]
+    return common.markdown(header, lines)
 
 
-def picture(rows: list[dict], path: Path) -> None:
-    """The model's spread against the true one, moment by moment, for four settings of each game."""
-    import matplotlib.pyplot as plt
+def draw(rows: list[dict], path: Path) -> None:
+    """The model's spread against the true one, state by state, for four settings of each game."""
+    from matplotlib.figure import Figure
 
-    games = sorted({row["game"] for row in rows})
-    settings = [(3, 0.0, "unit"), (3, 1.0, "unit"), (3, 1.0, "sigma_max"), (10, 1.0, "sigma_max")]
-    figure, axes = plt.subplots(
-        len(games), len(settings), figsize=(13, 3.9 * len(games)), squeeze=False
-    )
+    rows = [row for row in rows if row["chance"] == "stochastic"]
+    games = list(dict.fromkeys(row["game"] for row in rows))
+    figure = Figure(figsize=(3.1 * len(SHOWN), 3.5 * len(games) + 0.5), layout="constrained")
+    axes = figure.subplots(len(games), len(SHOWN), squeeze=False)
     for game, line in zip(games, axes, strict=True):
-        chosen = [r for r in rows if r["game"] == game and r["chance"] == "stochastic"]
-        limit = 1.08 * max(max(r["spread_true"] + r["spread_model"]) for r in chosen)
-        for axis, (steps, churn, start) in zip(line, settings, strict=True):
-            row = next(
-                r
-                for r in chosen
-                if (r["sample_steps"], r["s_churn"], r["start"]) == (steps, churn, start)
-            )
-            axis.plot([0, limit], [0, limit], color="0.6", linewidth=1)
-            axis.scatter(row["spread_true"], row["spread_model"], s=18, color="#0072B2", alpha=0.8)
-            axis.set(xlim=(0, limit), ylim=(0, limit), aspect="equal")
-            axis.set_title(
-                f"{game}, {steps} sampling steps\nchurn {churn:g}, start {start}", fontsize=9
-            )
-            axis.set_xlabel("true spread", fontsize=9)
-        line[0].set_ylabel("the model's spread", fontsize=9)
+        chosen = {tuple(r[key] for key in SETTING): r for r in rows if r["game"] == game}
+        limit = 1.08 * max(max(r["spread_true"] + r["spread_model"]) for r in chosen.values())
+        for ax, (steps, churn, start) in zip(line, SHOWN, strict=True):
+            row = chosen[steps, churn, start]
+            ax.plot([0, limit], [0, limit], color="0.6", linewidth=1)
+            ax.scatter(row["spread_true"], row["spread_model"], s=16, color="#0072B2", alpha=0.8)
+            ax.text(0.04, 0.96, "too unsure", va="top", color="0.35", transform=ax.transAxes)
+            ax.text(0.96, 0.04, "too sure", ha="right", color="0.35", transform=ax.transAxes)
+            ax.set(xlim=(0, limit), ylim=(0, limit), aspect="equal", xlabel="true spread")
+            title = f"{game}, {steps} sampling steps, churn {churn:g}\nstart {start}: "
+            ax.set_title(f"{title}spread / true {row['spread_ratio']:.2f}", fontsize=8.5)
+        line[0].set_ylabel("the model's spread")
     figure.suptitle(
-        "Standard deviation of the next latent at saved states: a model that knows lies on the line"
+        "Is the model as unsure as the game is random? A dot is a saved state: the standard deviation of the next\n"
+        f"latent ({len(row['spread_true'])} states a game, 1 model each). On the line the model is right.",
+        fontsize=10,
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    common.save(figure, path)
 
 
-def write_up(rows: list[dict], out: Path) -> None:
-    """Table and picture."""
-    (out / "stochasticity.md").write_text(table(rows))
-    print(table(rows))
-    with common.drawing():
-        picture(rows, out / "stochasticity.png")
+def stochasticity(options: argparse.Namespace) -> None:
+    """Measure, unless only the table is asked for; then table and picture."""
+    if not options.table:
+        options.out.unlink(missing_ok=True)
+        for game, chance in itertools.product(options.games, CHANCE):
+            for row in measure(game, chance, options):
+                common.add_row(options.out, row)
+    rows = common.read_rows(options.out, "game", "chance", *SETTING, "spread_true", *MEASURES)
+    if not rows:
+        raise common.BadInput(f"{options.out} holds no results; leave --table out to make them")
+    common.write_up(options.out, table(rows), functools.partial(draw, rows))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--games", nargs="+", default=["Pong", "Breakout"])
-    parser.add_argument("--updates", type=int, default=350, help="diffusion updates")
-    parser.add_argument("--steps", type=int, default=4_000, help="environment steps trained on")
-    parser.add_argument(
-        "--situations", type=int, default=24, help="states at which the spread is measured"
-    )
-    parser.add_argument(
-        "--draws", type=int, default=32, help="draws of chance, and samples, at each"
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/stochasticity"))
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument(
-        "--redraw",
-        action="store_true",
-        help="make table and picture again from the figures in --out",
-    )
-    options = parser.parse_args()
+def main(argv: list[str] | None = None) -> int:
+    how = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    add = parser.add_argument
+    add("--games", nargs="+", default=["Pong", "Breakout"])
+    add("--updates", type=int, default=350, help="diffusion updates")
+    add("--steps", type=int, default=4_000, help="environment steps trained on")
+    add("--situations", type=int, default=24, help="states at which the spread is measured")
+    add("--draws", type=int, default=32, help="draws of chance, and samples, at each")
+    add("--threads", type=int, default=0, help="CPU threads; 0: as PyTorch has it")
+    add("--out", type=Path, default=Path("results/stochasticity.jsonl"))
+    add("--table", action="store_true", help="table and picture of what is in --out; run nothing")
+    options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.redraw:
-        write_up(json.loads((options.out / "stochasticity.json").read_text())["rows"], options.out)
-        return
-    rows = [
-        row for game in options.games for chance in CHANCE for row in measure(game, chance, options)
-    ]
-    options.out.mkdir(parents=True, exist_ok=True)
-    about = {
-        "updates": options.updates,
-        "steps": options.steps,
-        "commit": common.git_commit(),
-        "versions": common.versions(),
-    }
-    found = common.finite({**about, "rows": rows})
-    jedi.write_atomically(options.out / "stochasticity.json", found)
-    write_up(found["rows"], options.out)
+    return common.run("stochasticity.py", stochasticity, options)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
