@@ -1278,7 +1278,7 @@ def train(args: Args) -> dict:
             if evaluated:
                 count = args.eval_episodes if epoch else args.final_episodes  # first, random play
                 found = evaluate(agent, args, count, epoch, f"{title} evaluation")
-                metrics["eval/mean_return"] = found["mean_return"]
+                metrics |= {f"eval/{key}": found[key] for key in ("mean_return", "std_return")}
                 metrics["eval/mean_length"] = np.mean(found["lengths"])
                 metrics |= {f"wm/{key}": value for key, value in found["measures"].items()}
                 state["random"] = state["random"] or json.dumps(found)

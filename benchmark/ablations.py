@@ -3,7 +3,7 @@
     python benchmark/ablations.py                                  # the whole table: about 2 hours on 2 CPU cores
     python benchmark/ablations.py --jobs 2                         # two runs at once, the cores shared out
     python benchmark/ablations.py --games Pong --only "no clamp"   # some of it
-    python benchmark/ablations.py --table                          # table and picture again, from the raw results
+    python benchmark/ablations.py --table --out results/ablations.jsonl    # table and picture again
 
 Each variant changes one argument or one function of `jedi_atari.py`, and makes the same number of updates on the same
 play. What they are changed from has the papers' choices but centred latents: with plain ones a run as short as these
@@ -346,7 +346,7 @@ def table(rows: list[dict]) -> str:
     return common.markdown(["variant", "seeds", *values], lines)
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(rows: list[dict]):
     """A dot for each seed of each variant, a bar over their range, a panel for each measure."""
     from matplotlib.figure import Figure
 
@@ -373,7 +373,7 @@ def draw(rows: list[dict], path: Path) -> None:
     n = max(sum(r["variant"] == name for r in drawn if r["game"] == panels[0][0]) for name in names)
     about = f"dot: one seed (n = {n}); bar: their range; dashed: mean of '{UNCHANGED}'"
     figure.suptitle(about, fontsize=9)
-    common.save(figure, path)
+    return figure
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -385,7 +385,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--jobs", type=int, default=1, help="runs at once")
     add("--threads", type=int, default=0, help="CPU threads of a run; 0: the cores over --jobs")
-    add("--out", type=Path, default=Path("results/ablations.jsonl"))
+    add("--out", type=Path, default=Path("runs/ablations.jsonl"))
     add("--table", action="store_true", help="table and picture of what is in --out; run nothing")
     options = parser.parse_args(argv)
     if options.jobs < 1 or options.threads < 0:
@@ -395,6 +395,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def ablations(options: argparse.Namespace) -> None:
     """All runs that are not there yet, then table and picture of all that are."""
+    if not options.table:
+        common.open_rows(options.out)
     there = {(r["game"], r["variant"], r["seed"]) for r in read_results(options.out)}
     threads = options.threads or max(1, jedi.usable_cores() // options.jobs)
     wanted = itertools.product(options.seeds, options.games, options.only)
@@ -405,6 +407,7 @@ def ablations(options: argparse.Namespace) -> None:
         raise common.BadInput(f"{options.out} holds no results; leave --table out to make them")
     games = {game: [row for row in rows if row["game"] == game] for game in GAMES}
     text = "\n".join(f"### {game}\n\n{table(found)}" for game, found in games.items() if found)
+    print(text, end="")
     common.write_up(options.out, text, functools.partial(draw, rows))
 
 

@@ -92,16 +92,24 @@ def clock(seconds: float) -> str:
 
 def read_rows(path: Path, *keys: str) -> list[dict]:
     """Raw results, one JSON object a line, all with these keys; none where there is no file. Raises `BadInput`."""
-    if path.is_dir():
-        raise BadInput(f"{path} is a folder; give a file that ends in .jsonl")
+    if path.is_dir() or path.suffix != ".jsonl":
+        raise BadInput(f"{path}: give a file that ends in .jsonl")
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except UnicodeDecodeError:
-        raise BadInput(f"{path} is not text (UTF-8); give a file that ends in .jsonl") from None
+        raise BadInput(f"{path} is not text (UTF-8); give another file") from None
     rows = [read_object(line, f"{path}, line {i},") for i, line in enumerate(lines, 1)]
     for i, row in enumerate(rows, 1):
         if missing := [key for key in keys if key not in row]:
             raise BadInput(f"{path}, line {i}, has no {missing[0]!r}; delete that line")
+    return rows
+
+
+def open_rows(path: Path, *keys: str) -> list[dict]:
+    """The same of a file that is to be added to: where it cannot be written, now is the time to say so."""
+    rows = read_rows(path, *keys)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
     return rows
 
 
@@ -118,7 +126,6 @@ def read_object(text: str, where: str, remedy: str = "delete that line") -> dict
 
 def add_row(path: Path, row: dict, again: bool = False) -> None:
     """Append a raw result, or put it in the last one's place; NaN and infinities, measures over nothing, become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     row = json.loads(json.dumps(row), parse_constant=lambda _: None)
     before = (
         path.read_text(encoding="utf-8").splitlines()[: -1 if again else None]
@@ -153,20 +160,20 @@ def new_figure(title: str, rows: int, columns: int, size: tuple, **options):
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def save(figure, path: Path) -> None:
+def png(figure) -> bytes:
     """A figure as PNG of 256 colours, a third of the bytes; the same bytes for the same numbers."""
     from PIL import Image
 
     figure.savefig(drawn := io.BytesIO(), dpi=110, bbox_inches="tight")
-    Image.open(drawn).convert("RGB").quantize(256).save(path, optimize=True)
+    Image.open(drawn).convert("RGB").quantize(256).save(small := io.BytesIO(), "PNG", optimize=True)
+    return small.getvalue()
 
 
 def write_up(out: Path, text: str, draw: Callable) -> None:
-    """Beside OUT.jsonl: OUT.md, also printed, and OUT.png, by `draw(path)`."""
-    print(text, end="")
+    """Beside OUT.jsonl: OUT.md, and OUT.png of the figure that `draw()` makes."""
     out.with_suffix(".md").write_text(text, encoding="utf-8")
-    with drawing(out.with_suffix(".png")):
-        draw(out.with_suffix(".png"))
+    with drawing(path := out.with_suffix(".png")):
+        path.write_bytes(png(draw()))
 
 
 @contextlib.contextmanager

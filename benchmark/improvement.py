@@ -1,6 +1,6 @@
 """Did the policy get better than chance, for certain? Trained runs beside random play of the same game.
 
-    python benchmark/improvement.py runs/small                  # table, picture and world model beside the runs
+    python benchmark/improvement.py runs/small                  # table and learning curves, beside the runs
     python benchmark/improvement.py runs/small --out small.jsonl    # the same, and the runs themselves in one file
     python benchmark/improvement.py small.jsonl                 # table and picture again, from that file
 
@@ -9,8 +9,7 @@ improved for certain where the 95% interval of its mean return lies wholly above
 percentile bootstraps over games. Human-normalised: 0 random play, 1 a person, by the published scores of whole games;
 "cut" where some games were cut by --max-episode-steps.
 
-Writes NAME.md, with a row a run, then a row an evaluation: what was measured of latents and world model on play that
-was not trained on (docs/metrics.md; the first row of a run is before its training); and NAME.png, the learning curves.
+Writes the table and the learning curves: improvement.md and improvement.png in the folder, or NAME.md and NAME.png.
 """
 
 import argparse
@@ -22,23 +21,6 @@ import common
 import numpy as np
 import runs
 from runs import GAMES, Run, interval
-
-PARTS = ("diffusion", "reward", "policy")
-WORLD_MODEL = {  # heading: keys of metrics.jsonl, format
-    "updates: diffusion, reward, policy": ([f"charts/{name}_updates" for name in PARTS], ",.0f"),
-    "return": (["eval/mean_return"], ",.1f"),
-    "latents: standard deviation": (["wm/latent_std"], ".2f"),
-    "effective rank": (["wm/latent_effective_rank"], ".0f"),
-    "saturated": (["wm/latent_saturation"], ".1%"),
-    "open loop 1, 5, 15": ([f"wm/open_loop_ratio_{k}" for k in (1, 5, 15)], ".2f"),
-    "rewards recognised": (["wm/reward_recall"], ".0%"),
-    "false alarms": (["wm/reward_false_alarms"], ".0%"),
-    "P(true reward) 0, 1, 3, 5 steps into a dream": (
-        [f"wm/reward_prob_{k}" for k in (0, 1, 3, 5)],
-        ".2f",
-    ),
-    "reward a step, imagined less real": (["wm/imagined_minus_real"], "+.3f"),
-}
 
 
 def improved(trained: list[float], chance: list[float]) -> bool:
@@ -80,25 +62,6 @@ def table(found: list[Run]) -> str:
     return common.markdown(rows[0], (row.values() for row in rows))
 
 
-def world_model(found: list[Run]) -> str:
-    """One row an evaluation; what was not there to measure is "no data"."""
-    rows = []
-    for run in found:
-        tested = [row for row in run.metrics if "wm/latent_std" in row]
-        for i, row in enumerate(tested):
-            counts = dict.fromkeys(PARTS, 0) if i == 0 else {}
-            if i == len(tested) - 1:
-                row = {**row, "eval/mean_return": run.result["mean_return"]}
-                counts = run.result.get("updates") or {}
-            row = row | {f"charts/{name}_updates": n for name, n in counts.items()}
-            cells = [
-                ", ".join("no data" if row.get(k) is None else format(row[k], form) for k in keys)
-                for keys, form in WORLD_MODEL.values()
-            ]
-            rows.append([run.result["env_id"], run.result["seed"], *cells])
-    return common.markdown(["game", "seed", *WORLD_MODEL], rows)
-
-
 def has_random_play(run: Run) -> None:
     if not run.result.get("returns_random"):
         raise common.BadInput(f"{run.where} holds no returns_random")
@@ -114,21 +77,16 @@ def improvement(source: Path, out: Path | None) -> None:
     found = runs.find_runs(source, has_random_play)
     found.sort(key=lambda run: (run.game, run.result["seed"]))
     if out:
-        lines = [
-            dict(result=r.result, metrics=[*map(shortened, r.metrics)], script=r.script)
-            for r in found
-        ]
-        out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        common.open_rows(out, *runs.KEYS)  # it may be a file of runs, and nothing else
+        kept = [(r.result, [*map(shortened, r.metrics)], r.script) for r in found]
+        lines = [json.dumps(dict(zip(runs.KEYS, row, strict=True))) + "\n" for row in kept]
+        out.write_text("".join(lines), encoding="utf-8")
+    print(text := table(found), end="")
+    groups = {}
+    for run in found:
+        groups.setdefault(run.result["script"], []).append(run)
     beside = out or (source / "improvement" if source.is_dir() else source)
-    print(shown := table(found), end="")
-    text = f"{shown}\n### The world model at each evaluation\n\n{world_model(found)}"
-    beside.with_suffix(".md").write_text(text, encoding="utf-8")
-    with common.drawing(picture := beside.with_suffix(".png")):
-        groups = {
-            script: [r for r in found if r.result["script"] == script]
-            for script in dict.fromkeys(r.result["script"] for r in found)
-        }
-        common.save(runs.draw_learning_curves(groups), picture)
+    common.write_up(beside, text, lambda: runs.draw_learning_curves(groups))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ Mean, median, interquartile mean (IQM), optimality gap and their 95% stratified 
 import argparse
 import dataclasses
 import difflib
+import io
 import json
 import math
 import sys
@@ -136,25 +137,14 @@ def measured_agents(groups: dict[str, list[Run]]) -> list[Agent]:
         notes = [f"Measured with this repository, {games} games a run."]
         if cut := sorted({run.game for run in of if run.cut}):
             limit = of[0].result["args"]["max_episode_steps"]
-            what = f"Cut at {limit:,} steps, so not comparable with whole games: {', '.join(cut)}."
-            notes.append(what)
+            notes.append(f"Not whole games, cut at {limit:,} steps: {', '.join(cut)}.")
         arrays = {game: np.array(values) for game, values in scores.items() if values}
-        mark = ", games cut" * bool(cut)
-        agents.append(Agent(name, arrays, True, True, notes=tuple(notes), mark=mark))
+        options = dict(notes=tuple(notes), mark=", games cut" * bool(cut))
+        agents.append(Agent(name, arrays, measured=True, main=True, **options))
     return agents
 
 
 # --- aggregates
-
-
-def import_rliable():
-    """rliable's library and metrics, or a line that says how to install it."""
-    try:
-        from rliable import library, metrics
-    except (ImportError, TypeError) as error:  # TypeError: rliable 1.2.0 with pandas 3
-        how = "pip install -r benchmark/requirements.txt"
-        raise BadInput(f"cannot import rliable ({error}); {how}") from None
-    return library, metrics
 
 
 def balance(*columns: np.ndarray) -> np.ndarray:
@@ -169,7 +159,8 @@ def estimate(columns: list[np.ndarray], function: Callable, reps: int, seed: int
     Runs are drawn anew within each game. No interval where a game has one run: it would hide that game's spread.
     rliable ignores its own `random_state`, so NumPy's global generator is seeded, and put back.
     """
-    library, _ = import_rliable()
+    from rliable import library
+
     columns = [np.asarray(column)[:, None] for column in columns]
     if min(len(column) for column in columns) < 2:
         return function(balance(*columns)), None
@@ -188,8 +179,9 @@ def estimate(columns: list[np.ndarray], function: Callable, reps: int, seed: int
 
 def rliable_metrics(scores: np.ndarray) -> np.ndarray:
     """Mean, median, IQM and optimality gap of a (runs, games) matrix."""
-    _, m = import_rliable()
-    return np.array([getattr(m, f"aggregate_{metric}")(scores) for metric in METRICS])
+    from rliable import metrics
+
+    return np.array([getattr(metrics, f"aggregate_{metric}")(scores) for metric in METRICS])
 
 
 def harmonic_hns(mean_hns: np.ndarray) -> float | None:
@@ -228,10 +220,9 @@ def subsets_of(agents: list[Agent]) -> dict[str, list[str]]:
 
 
 def title_of(subset: str, games: list[str]) -> str:
-    kind = {"agent_optimal": " Agent-Optimal", "human_optimal": " Human-Optimal"}.get(subset, "")
-    return f"{'all ' * (subset == 'all')}{len(games)}{kind} games" + subset[5:] * (
-        subset not in SUBSETS
-    )
+    kinds = {"agent_optimal": "Agent-Optimal games", "human_optimal": "Human-Optimal games"}
+    what = f"{len(games)} {kinds.get(subset, 'games' if subset == 'all' else subset)}"
+    return f"all {what}" if subset == "all" else what
 
 
 # --- tables
@@ -329,15 +320,14 @@ def notes_of(agents: list[Agent]) -> str:
 
 def report_text(agents: list[Agent], aggregates: dict, frames: dict, drawn: set, reps: int) -> str:
     """report.md."""
-    own, subsets = [a.label for a in agents if a.measured], subsets_of(agents)
-    a100 = PUBLISHED["a100_hours"]
+    own = ", ".join(a.label for a in agents if a.measured)
+    a100, rule = PUBLISHED["a100_hours"], PUBLISHED["agent_optimal"]
     hours = ", ".join(f"{k} {v}" for k, v in a100.items() if k != "where")
-    rule = PUBLISHED["agent_optimal"]
 
     def picture(name: str) -> str:
         return f"![{name.replace('_', ' ')}]({name}.png)\n" if name in drawn else ""
 
-    parts = [f"{TITLE}\n", f"Measured: {', '.join(own) or 'nothing, published scores alone'}.\n"]
+    parts = [f"{TITLE}\n", f"Measured: {own or 'nothing, published scores alone'}.\n"]
     if "runs" in frames:
         frame = frames["runs"].drop(columns="where").astype(object)
         frame = frame.where(frame.notna(), "–")
@@ -352,39 +342,31 @@ def report_text(agents: list[Agent], aggregates: dict, frames: dict, drawn: set,
         picture("aggregates"),
         picture("performance_profiles"),
     ]
-    for subset, games in subsets.items():
+    for subset, games in subsets_of(agents).items():
         heading = title_of(subset, games)
         parts += [f"### {heading[0].upper() + heading[1:]}\n", f"{', '.join(games)}.\n"]
         parts.append(aggregate_table(agents, aggregates, subset))
     parts.append(f"A100-hours a run: {hours} ({a100['where']}).\n")
-    names = ["Agent", "Mean, Agent-Optimal", "Mean, Human-Optimal", "Ratio"]
-    rows = [
-        [
-            a.label,
-            number(high, 3),
-            number(low, 3),
-            number(high / low) if min(high, low) > 0 else "–",
-        ]
-        for a, high, low in asymmetry(agents)
-    ]
+    rows = []
+    for agent, high, low in asymmetry(agents):
+        ratio = number(high / low) if min(high, low) > 0 else "–"
+        rows.append([agent.label, number(high, 3), number(low, 3), ratio])
     parts += [
         "## Asymmetry\n",
         f"Agent-Optimal are the games on which the mean human-normalised score of {', '.join(rule['agents'])} in "
         f"{PUBLISHED['diamond_table1']['source']} is above {rule['threshold']}. A ratio of 1: no asymmetry.\n",
         picture("asymmetry"),
-        markdown(names, rows),
+        markdown(["Agent", "Mean, Agent-Optimal", "Mean, Human-Optimal", "Ratio"], rows),
         "## Scores\n",
         "Mean over runs of a run's mean return in its final evaluation; measured here ± the standard deviation.\n",
         picture("games"),
         picture("action_sets"),
     ]
-    complete = [len(a.scores) == len(GAMES) for a in agents]
+    others = [a for a in agents if a.scores and not a.main]
     groups = {
         "Main agents": [a for a in agents if a.main],
-        "Others": [a for a, c in zip(agents, complete, strict=True) if c and not a.main],
-        "Others, some games": [
-            a for a, c in zip(agents, complete, strict=True) if a.scores and not c and not a.main
-        ],
+        "Others": [a for a in others if len(a.scores) == len(GAMES)],
+        "Others, some games": [a for a in others if len(a.scores) < len(GAMES)],
     }
     for title, chosen in groups.items():
         parts += [f"### {title}\n", score_table(chosen, frames["scores"])]
@@ -550,25 +532,27 @@ def check_out(out: Path) -> None:
     """A report may replace an earlier report, and nothing else."""
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out} is a file; give a folder")
-    if out.exists() and (names := sorted(path.name for path in out.iterdir())):
-        page = out / "report.md"
-        if not page.exists() or not page.read_text(errors="replace").startswith(TITLE):
-            what = f"--out {out} holds other files than a report's ({names[0]})"
-            raise BadInput(f"{what}; give an empty or a new folder")
+    page, names = out / "report.md", sorted(path.name for path in out.glob("*"))
+    if names and not (page.exists() and page.read_text(errors="replace").startswith(TITLE)):
+        raise BadInput(f"--out {out} holds other files ({names[0]}); give an empty or a new folder")
 
 
 def report(options: argparse.Namespace) -> None:
-    """aggregates.json and pictures, then report.md; a picture that fails is said in one line, and costs no number."""
+    """Make everything, then write it; a picture that fails is said in one line, and costs no number."""
     if bool(options.results) == options.published:
         raise BadInput("give folders of results or --published, one of the two; see --help")
     if options.reps < 2 or not 0 <= options.seed < 2**32:
-        raise BadInput("--reps must be at least 2 and --seed between 0 and 4294967295")
+        raise BadInput("--reps must be at least 2, --seed between 0 and 4294967295")
+    try:
+        import rliable.library  # noqa: F401
+    except (ImportError, TypeError) as error:  # TypeError: rliable 1.2.0 with pandas 3
+        raise BadInput(f"{error}; pip install -r benchmark/requirements.txt") from None
     check_out(out := options.out)
     groups = load_groups(options.results)
     agents, draws = published_agents() + measured_agents(groups), (options.reps, options.seed)
     subsets = subsets_of(agents)
     aggregates = {a.name: {s: aggregate(a, g, *draws) for s, g in subsets.items()} for a in agents}
-    frames, pictures, drawn = {"scores": scores_frame(agents)}, {}, set()
+    frames, pictures, formats = {"scores": scores_frame(agents)}, {}, options.formats
     if groups:
         frames["runs"] = runs_frame(groups)
         pictures["learning_curves"] = (runs.draw_learning_curves, groups)
@@ -579,21 +563,23 @@ def report(options: argparse.Namespace) -> None:
         "asymmetry": (draw_asymmetry, agents),
         "action_sets": (draw_action_sets, agents),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    text = report_text(agents, aggregates, frames, {*pictures}, options.reps)
-    (out / "report.md").write_text(text, encoding="utf-8")
-    (out / "aggregates.json").write_text(json.dumps(aggregates, indent=1, allow_nan=False) + "\n")
+    files = {"aggregates.json": json.dumps(aggregates, indent=1, allow_nan=False) + "\n"}
+    files |= {f"{k}.csv": f.to_csv(index=False) for k, f in frames.items() if "csv" in formats}
+    files = {name: text.encode() for name, text in files.items()}
     for name, (draw, *given) in pictures.items():
-        with common.drawing(path := out / f"{name}.png"):
-            common.save(figure := draw(*given), path)
-            drawn.add(name)
-            if "svg" in options.formats:
-                figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    for name, frame in frames.items() if "csv" in options.formats else ():
-        frame.to_csv(out / f"{name}.csv", index=False)
-    if drawn != {*pictures}:  # without links to what is not there
-        text = report_text(agents, aggregates, frames, drawn, options.reps)
-        (out / "report.md").write_text(text, encoding="utf-8")
+        with common.drawing(out / f"{name}.png"):
+            files[f"{name}.png"] = common.png(figure := draw(*given))
+            if "svg" in formats:
+                figure.savefig(svg := io.BytesIO(), format="svg", metadata={"Date": None})
+                files[f"{name}.svg"] = svg.getvalue()
+    drawn = {name for name in pictures if f"{name}.png" in files}
+    files["report.md"] = report_text(agents, aggregates, frames, drawn, options.reps).encode()
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+    for old in out.glob("*.*"):  # of an earlier report
+        if old.name not in files and old.stem in {*pictures, "learning_curves", "scores", "runs"}:
+            old.unlink()
     print(out / "report.md")
 
 

@@ -21,6 +21,7 @@ from common import BadInput
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 GAMES: dict[str, dict] = PUBLISHED["games"]
 WHOLE_GAME = 27_000  # steps of 4 frames: the papers' limit
+KEYS = ("result", "metrics", "script")  # of a line of a file of runs
 REMEDY = "move the run folder away, or make the run again"
 # Arguments of a run that change how or where it is computed, or which game is played, but not the method.
 NOT_SETTINGS = set(
@@ -62,13 +63,13 @@ class Run:
     def curve(self) -> np.ndarray:
         """Steps, mean return and half of its 95% interval (NaN: not logged) of each evaluation but the first, which is
         of random play, and of the games at the end: (n, 3)."""
-        games = max(self.result["args"].get("eval_episodes", 0) - 1, 1)
+        games = self.result["args"].get("eval_episodes", 0)
         evaluated = [row for row in self.metrics if "eval/mean_return" in row][1:]
         rows = [
             (row["charts/env_steps"], row["eval/mean_return"], row.get("eval/std_return", math.nan))
             for row in [*evaluated, {**self.end, "eval/std_return": math.nan}]
         ]
-        return np.array(rows) * (1, 1, 1.96 / math.sqrt(games))
+        return np.array(rows) * (1, 1, 1.96 / math.sqrt(games - 1) if games > 1 else math.nan)
 
     @property
     def end(self) -> dict:
@@ -171,7 +172,7 @@ def find_runs(source: Path, fits: Callable = lambda run: None) -> list[Run]:
         readers = [lambda folder=folder: read_run(folder) for folder in sorted(folders)]
     else:
         readers = []
-        for i, row in enumerate(common.read_rows(source, "result", "metrics", "script"), 1):
+        for i, row in enumerate(common.read_rows(source, *KEYS), 1):
             where = f"{source}, line {i}"
             check_result(row["result"], where, "delete that line")
             readers.append(lambda where=where, row=row: Run(where, **row))

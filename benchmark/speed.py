@@ -313,7 +313,7 @@ def speed(options: argparse.Namespace) -> None:
         raise common.BadInput(f"--repeats is {options.repeats}; it must be at least 1")
     if options.table and not (options.out and options.out.exists()):
         raise common.BadInput(f"--table needs a file that is there: --out is {options.out}")
-    rows = common.read_rows(options.out, "device", "projected_hours") if options.out else []
+    rows = common.open_rows(options.out, "device", "projected_hours") if options.out else []
     if options.table:
         shown = [where(row) + "\n" + table(row) for row in rows if "ratios" in row]
         options.out.with_suffix(".md").write_text("\n".join(shown), encoding="utf-8")

@@ -2,7 +2,7 @@
 
     python benchmark/stochasticity.py                       # two games, plain and stochastic; minutes on a CPU
     python benchmark/stochasticity.py --games Krull --updates 1000 --out krull.jsonl
-    python benchmark/stochasticity.py --table               # table and picture again, from the raw results
+    python benchmark/stochasticity.py --table --out results/stochasticity.jsonl    # table and picture again
 
 For each game, played plainly and with sticky actions and random frame skips: train encoder and denoiser on random play,
 then, on other play,
@@ -14,7 +14,7 @@ then, on other play,
   where the game is. Without chance the true spread is 0; the model's is given as a share of a step's typical change.
 
 Settings compared: 1, 3 and 10 sampling steps; no churn and `s_churn` 1; and the sampler's first noise of unit variance,
-as the script has it, or multiplied by sigma_max, as in EDM's algorithm 2. --out FILE.jsonl is begun anew.
+as the script has it, or multiplied by sigma_max, as in EDM's algorithm 2. --out FILE.jsonl must be new.
 """
 
 import argparse
@@ -190,7 +190,7 @@ def table(rows: list[dict]) -> str:
     return common.markdown(header, lines)
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(rows: list[dict]):
     """The model's spread against the true one, state by state, for four settings of each game."""
     from matplotlib.figure import Figure
 
@@ -216,20 +216,24 @@ def draw(rows: list[dict], path: Path) -> None:
         f"latent ({len(row['spread_true'])} states a game, 1 model each). On the line the model is right.",
         fontsize=10,
     )
-    common.save(figure, path)
+    return figure
 
 
 def stochasticity(options: argparse.Namespace) -> None:
     """Measure, unless only the table is asked for; then table and picture."""
+    keys = ("game", "chance", *SETTING, "spread_true", "spread_model", *MEASURES)
     if not options.table:
-        options.out.unlink(missing_ok=True)
+        if common.open_rows(options.out, *keys):
+            how = "--table shows them; give another --out"
+            raise common.BadInput(f"{options.out} holds results: {how}")
         for game, chance in itertools.product(options.games, CHANCE):
             for row in measure(game, chance, options):
                 common.add_row(options.out, row)
-    rows = common.read_rows(options.out, "game", "chance", *SETTING, "spread_true", *MEASURES)
+    rows = common.read_rows(options.out, *keys)
     if not rows:
         raise common.BadInput(f"{options.out} holds no results; leave --table out to make them")
-    common.write_up(options.out, table(rows), functools.partial(draw, rows))
+    print(text := table(rows), end="")
+    common.write_up(options.out, text, functools.partial(draw, rows))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -242,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--situations", type=int, default=24, help="states at which the spread is measured")
     add("--draws", type=int, default=32, help="draws of chance, and samples, at each")
     add("--threads", type=int, default=0, help="CPU threads; 0: as PyTorch has it")
-    add("--out", type=Path, default=Path("results/stochasticity.jsonl"))
+    add("--out", type=Path, default=Path("runs/stochasticity.jsonl"))
     add("--table", action="store_true", help="table and picture of what is in --out; run nothing")
     options = parser.parse_args(argv)
     if options.threads:
