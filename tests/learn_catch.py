@@ -1,7 +1,7 @@
 """Train the whole of JEDI on Catch and say how well it plays: python tests/learn_catch.py --seed 0
 
 The last line is one JSON object: mean_return of 100 games (random -0.6, perfect +1), seconds, the seed, the health of
-the world model. `--out results/catch` keeps it as a file there; `--table results/catch` shows such files as a table.
+the world model. `--out FILE` adds it to a file as a line; `--table results/catch.jsonl` shows such a file as a table.
 """
 
 import argparse
@@ -78,11 +78,9 @@ def learn_catch(seed: int, run_dir: Path, **changes) -> dict:
     }
 
 
-def table(folder: Path) -> str:
-    """Markdown, one row a seed. Raises `FileNotFoundError` if the folder holds no results."""
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
-    if not rows:
-        raise FileNotFoundError(f"{folder} holds no seed*.json; make them with --out {folder}")
+def table(path: Path) -> str:
+    """Markdown, one row a seed. Raises `FileNotFoundError` if there are no results."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [
         "| seed | return of 100 games | time | threads | reward seen 0, 1, 3 steps into a dream | open loop 1, 3 "
         "| latents: standard deviation, rank, saturated |",
@@ -107,21 +105,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder that keeps the last line as seed<N>.json")
+    parser.add_argument("--out", type=Path, help="file that the last line is added to")
     parser.add_argument(
-        "--table", type=Path, metavar="FOLDER", help="show such a folder as a table; train nothing"
+        "--table", type=Path, metavar="FILE", help="show such a file as a table; train nothing"
     )
     args = parser.parse_args()
     if args.table:
         try:
             return print(table(args.table))
-        except FileNotFoundError as error:
-            parser.error(str(error))
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(
+                f"{args.table} is no file of results of Catch ({error!r}); make it with --out"
+            )
     with tempfile.TemporaryDirectory() as folder:
         found = learn_catch(args.seed, Path(folder) / "run", threads=args.threads)
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        jedi.write_atomically(args.out / f"seed{args.seed}.json", found)
+        with open(args.out, "a") as file:
+            print(json.dumps(found), file=file)
     print(json.dumps(found))
 
 

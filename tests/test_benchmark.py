@@ -139,9 +139,10 @@ def test_hours_are_those_of_finished_runs_or_measured_on_this_card(here, monkeyp
     env = dict(PATH=f"{here}:{os.environ['PATH']}")
     assert call("--games Pong --seeds 7-9 --out o", CARD="", **env)[0] == 0
     assert [log(f"Pong/seed{k}").count(f"GPU {k % 7}: ") for k in (7, 8)] == [1, 1]
-    hours = json.loads((ROOT / "results/speed/h100.json").read_text())["projected_hours"]
+    lines = (ROOT / "results/speed.jsonl").read_text().splitlines()
+    (hours,) = (x["projected_hours"] for x in map(json.loads, lines) if "H100" in x["device"])
     said = call("--dry-run", JEDI, CARD="NVIDIA H100 80GB HBM3", **env)[1]
-    assert f"GPU-hours: {130 * hours:.1f} ({hours:.1f} a run, from h100.json" in said
+    assert f"GPU-hours: {130 * hours:.1f} ({hours:.1f} a run, from speed.jsonl" in said
     assert "GPU-hours: not measured" in call("--dry-run", JEDI, CARD="another", **env)[1]
 
 

@@ -16,6 +16,7 @@ from conftest import MICRO, ROOT
 sys.path.insert(0, str(ROOT / "benchmark"))
 
 import improvement
+import runs
 
 import jedi_atari as jedi
 
@@ -23,13 +24,10 @@ import jedi_atari as jedi
 def test_interval_is_the_normal_one_for_many_games():
     """For 400 draws of a normal distribution the bootstrap gives the textbook interval, within a tenth of its width."""
     values = np.random.default_rng(1).normal(10, 3, 400)
-    low, high = improvement.interval(list(values))
+    low, high = runs.interval(list(values))
     expected = scipy.stats.norm.interval(0.95, values.mean(), values.std(ddof=1) / 20)
     np.testing.assert_allclose((low, high), expected, atol=0.1 * (high - low))
-
-
-def test_interval_of_equal_returns_is_a_point():
-    assert improvement.interval([7.0] * 10) == (7.0, 7.0)
+    assert runs.interval([7.0] * 10) == (7.0, 7.0)
 
 
 @pytest.mark.parametrize(
@@ -51,110 +49,92 @@ def test_improved_needs_intervals_that_do_not_touch(shift, certain):
     ],
 )
 def test_human_normalised_is_for_whole_games_with_a_published_score(game, lengths, shown):
-    """Krull's published scores: random play 1,598, a person 2,665.5."""
+    """Krull's published scores: random play 1,598, a person 2,665.5; the papers' own limit does not count as a cut."""
     result = dict(env_id=game, mean_return=(1598 + 2665.5) / 2, lengths=lengths)
-    assert improvement.human_normalised(result | {"args": {"max_episode_steps": 100}}) == shown
-    if game == "Krull":  # the papers' own limit
-        whole = {"args": {"max_episode_steps": 27_000}, "lengths": [27_000]}
-        assert improvement.human_normalised(result | whole) == "0.50"
+    result["args"] = {"max_episode_steps": 100}
+    assert improvement.human_normalised(runs.Run("", result, [])) == shown
+    whole = dict(args={"max_episode_steps": 27_000}, lengths=[27_000], env_id="Krull")
+    assert improvement.human_normalised(runs.Run("", result | whole, [])) == "0.50"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def made(tmp_path_factory):
     """A real, very small run."""
     folder = tmp_path_factory.mktemp("improvement")
     jedi.train(jedi.Args(**MICRO | dict(env_id="Krull", seed=3, run_dir=str(folder / "seed3"))))
     return folder
 
 
-def test_table_and_picture_of_a_real_run(runs, capsys):
-    assert improvement.main([str(runs)]) == 0
-    text, result = capsys.readouterr().out, json.loads((runs / "seed3/result.json").read_text())
-    random, trained = (
-        improvement.with_interval(result[key]) for key in ("returns_random", "returns")
-    )
-    assert text.splitlines()[2].startswith(f"| Krull | 3 | {random} | {trained} | 3, 3 | ")
-    assert " | cut | 130 | " in text and (runs / "improvement.md").read_text() == text
-    assert cv2.imread(str(runs / "improvement.png")).std() > 10
+def test_table_and_picture_of_a_real_run_and_of_the_file_that_keeps_it(made, tmp_path, capsys):
+    assert improvement.main([str(made)]) == 0
+    text, result = capsys.readouterr().out, json.loads((made / "seed3/result.json").read_text())
+    shown = [improvement.with_interval(result[key]) for key in ("returns_random", "returns")]
+    assert text.splitlines()[2].startswith(f"| Krull | 3 | {shown[0]} | {shown[1]} | 3, 3 | ")
+    assert " | cut | 130 | " in text and (made / "improvement.md").read_text() == text
+    assert cv2.imread(str(made / "improvement.png")).std() > 10
 
-    rows = (runs / "health.md").read_text().splitlines()[2:]
-    assert rows[0].startswith("| Krull | 3 | 0, 0, 0 |")
-    updates = ", ".join(str(result["updates"][name]) for name in ("diffusion", "reward", "policy"))
-    measures, ratio = result["measures"], result["open_loop_ratio"]
-    mean, std = f"{result['mean_return']:,.1f}", f"{measures['latent_std']:.2f}"
-    assert rows[-1].startswith(f"| Krull | 3 | {updates} | {mean} | {std} |")
-    assert f"| {ratio[0]:.2f}, {ratio[4]:.2f}, {ratio[14]:.2f} |" in rows[-1]
-    probs = [measures[f"reward_prob_{k}"] for k in (0, 1, 3, 5)]
-    shown = ", ".join("no data" if p is None else f"{p:.2f}" for p in probs)
-    assert rows[-1].endswith(f" | {shown} | {measures['imagined_minus_real']:+.3f} |")
+    kept = tmp_path / "krull.jsonl"
+    for source in (made, kept):  # of the folder, then again from the file alone
+        assert improvement.main([str(source), "--out", str(kept)]) == 0
+        assert (tmp_path / "krull.md").read_text() == text == capsys.readouterr().out
+    (one,), (other,) = runs.find_runs(made), runs.find_runs(kept)
+    assert one.result == other.result and one.script == other.script
+    np.testing.assert_allclose(one.curve, other.curve, rtol=1e-4)
+    for path in (tmp_path / "notes.txt", tmp_path / "notes.jsonl"):  # somebody else's
+        path.write_text('{"a": 1}\n')
+        assert improvement.main([str(made), "--out", str(path)]) == 2
+        assert path.read_text() == '{"a": 1}\n' and "notes" in capsys.readouterr().err
 
 
-def test_nothing_that_is_missing_costs_the_table(runs, tmp_path):
+def test_nothing_that_is_missing_costs_the_table(made, tmp_path):
     """A notebook's backend of matplotlib, a measure that is null, a result of something else."""
-    shutil.copytree(runs / "seed3", tmp_path / "run")
-    result = json.loads((tmp_path / "run/result.json").read_text())
-    nothing = dict.fromkeys(("reward_recall", "open_loop_ratio"))
-    lines = (tmp_path / "run/metrics.jsonl").read_text().replace("imagined_minus_real", "unknown")
-    (tmp_path / "run/metrics.jsonl").write_text(lines)
-    jedi.write_atomically(tmp_path / "run/result.json", result | nothing)
-    (tmp_path / "old").mkdir()
-    jedi.write_atomically(tmp_path / "old/result.json", result | {"returns_random": []})
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/result.json").write_text('{"half": ')
-    for name in ("cut_off", "gone"):
-        shutil.copytree(runs / "seed3", tmp_path / name)
-    (tmp_path / "cut_off/metrics.jsonl").write_text(lines[:-9])
+    for name in ("run", "old", "half", "cut_off", "gone"):
+        shutil.copytree(made / "seed3", tmp_path / name)
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        result |= {"reward_recall": None, "seed": len(name)}
+        result |= {"returns_random": None} if name == "old" else {}
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+    (tmp_path / "half/result.json").write_text('{"half": ')
+    logged = tmp_path / "cut_off/metrics.jsonl"
+    logged.write_text(logged.read_text()[:-9])  # costs the curve
     (tmp_path / "gone/metrics.jsonl").unlink()
+    (tmp_path / "gone/result.json").rename(tmp_path / "gone/result.json.broken")
     command = [sys.executable, str(ROOT / "benchmark/improvement.py"), str(tmp_path)]
     env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr.count("\n") == 4, done.stderr
-    assert f"left out: {tmp_path}/old/result.json holds no returns_random" in done.stderr
     assert re.search(r"left out: \S+/cut_off/metrics.jsonl, line \d+, is cut off", done.stderr)
-    assert f"No such file or directory: '{tmp_path}/gone/metrics.jsonl'" in done.stderr
-    assert f"left out: {tmp_path}/other/result.json is cut off" in done.stderr
-    assert done.stdout.count("\n") == 3 and "| no data |" in done.stdout
-    assert (tmp_path / "health.md").read_text().endswith("| no data |\n")
+    assert f"left out: {tmp_path}/old holds no returns_random" in done.stderr
+    assert f"left out: {tmp_path}/half/result.json is cut off" in done.stderr
+    assert f"left out: {tmp_path}/gone has no result.json" in done.stderr
+    assert done.stdout.count("\n") == 2 + 2 and "| no data |" in done.stdout
     assert cv2.imread(str(tmp_path / "improvement.png")).std() > 10
 
 
-def test_a_picture_that_fails_is_said_in_one_line(runs, monkeypatch, capsys):
-    monkeypatch.setattr(improvement, "draw", lambda *_: [][0])
-    assert improvement.main([str(runs)]) == 0
-    assert capsys.readouterr().err == "no picture: IndexError: list index out of range\n"
-
-
-def test_bad_input_is_one_line(tmp_path, capsys):
+def test_bad_input_is_one_line_and_a_picture_that_fails_costs_no_table(
+    made, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "half").mkdir()
     (tmp_path / "half/result.json").write_text("{")
-    for folder, words in (("no", "holds no result.json"), ("half", "half/result.json is cut off")):
+    for folder, words in (("no", "is not there"), ("half", "half/result.json is cut off")):
         assert improvement.main([str(tmp_path / folder)]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
+    monkeypatch.setattr(runs, "draw_learning_curves", lambda *_: [][0])
+    assert improvement.main([str(made)]) == 0
+    error = capsys.readouterr().err
+    assert error == "no picture improvement.png: IndexError: list index out of range\n"
+    assert not (made / "improvement.png").exists()  # an older one would show other runs
 
 
-def test_runs_of_different_settings_are_refused(runs, tmp_path, capsys):
-    for name in ("one", "two"):
-        shutil.copytree(runs / "seed3", tmp_path / name)
-    result = json.loads((tmp_path / "two/result.json").read_text())
-    result["args"]["max_episode_steps"] += 1
-    jedi.write_atomically(tmp_path / "two/result.json", result)
-    assert improvement.main([str(tmp_path)]) == 2
-    assert "different settings" in capsys.readouterr().err
-
-
-def test_the_tables_in_results_are_made_from_the_runs():
-    """Each improvement.md in results/ is what the script prints from the runs beside it."""
-    for path in (ROOT / "results").rglob("improvement.md"):
-        found = improvement.read_runs(path.parent)
-        assert path.read_text() == improvement.table(found)
-        assert (path.parent / "health.md").read_text() == improvement.health_table(found)
-
-
-def test_the_readme_shows_a_table_of_results():
-    """The tables between the marks are improvement.md of the two folders."""
-    text = (ROOT / "README.md").read_text()
-    for mark, folder in (("improvement", "results/small"), ("quick-start", "results/tiny")):
-        assert f"benchmark/improvement.py {folder}" in text
-        shown = text.split(f"<!-- {mark}:begin -->")[1].split(f"<!-- {mark}:end -->")[0]
-        assert shown.strip() == (ROOT / folder / "improvement.md").read_text().strip()
+def test_the_tables_in_results_are_made_from_the_runs_and_the_readme_shows_them():
+    readme = (ROOT / "README.md").read_text()
+    for name, mark in (("tiny", "quick-start"), ("small", "improvement"), ("longer", None)):
+        path = ROOT / "results" / f"{name}.jsonl"
+        found = sorted(runs.find_runs(path), key=lambda run: (run.game, run.result["seed"]))
+        text = improvement.table(found)
+        assert path.with_suffix(".md").read_text() == text
+        if mark:
+            assert f"benchmark/improvement.py results/{name}.jsonl" in readme
+            shown = readme.split(f"<!-- {mark}:begin -->")[1].split(f"<!-- {mark}:end -->")[0]
+            assert shown.strip() == text.strip()

@@ -99,22 +99,14 @@ def test_the_measure_of_chance_tells_samplers_apart():
 
 
 def test_the_readme_shows_the_results_of_catch():
-    """Its table is made from the files in results/catch; a folder without such files is one line of error."""
-    text = (HERE.parent / "README.md").read_text()
+    """Its table is made from results/catch.jsonl; a file that is none is one line of error."""
+    text, results = (HERE.parent / "README.md").read_text(), HERE.parent / "results"
     shown = text.split("<!-- catch:begin -->")[1].split("<!-- catch:end -->")[0].strip()
-    assert shown == learn_catch.table(HERE.parent / "results" / "catch")
-    for path in sorted((HERE.parent / "results" / "catch").glob("seed*.json")):
-        found = json.loads(path.read_text())
-        minutes, seconds = divmod(int(found["seconds"]), 60)
-        assert (
-            f"| {found['seed']} | {found['mean_return']:.2f} | {minutes}:{seconds:02d} | {found['threads']} |"
-            in shown
-        )
-    command = [sys.executable, str(HERE / "learn_catch.py"), "--table", str(HERE)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(
-        f"make them with --out {HERE}"
-    )
+    assert shown == learn_catch.table(results / "catch.jsonl") and shown.count("\n") == 1 + 4
+    for path in (results / "speed.jsonl", results / "README.md", results / "nothing.jsonl"):
+        command = [sys.executable, str(HERE / "learn_catch.py"), "--table", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2 and "make it with --out" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.learning

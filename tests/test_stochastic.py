@@ -225,19 +225,6 @@ def test_a_checkpoint_of_the_main_script_is_refused(tmp_path, capsys):
         assert "this script's version" in capsys.readouterr().err
 
 
-def test_the_documented_table_is_the_measured_one():
-    measured = (ROOT / "results" / "stochasticity" / "stochasticity.md").read_text()
-    assert measured in (ROOT / "docs" / "stochasticity.md").read_text()
-    rows = json.loads((ROOT / "results" / "stochasticity" / "stochasticity.json").read_text())[
-        "rows"
-    ]
-    assert len(rows) == measured.count("\n") - 2
-    for row, line in zip(rows, measured.splitlines()[2:], strict=True):
-        assert (
-            f"| {row['game']} | {row['chance']} |" in line and f"| {row['skill_1']:.2f} |" in line
-        )
-
-
 def test_the_emulator_is_set_back_exactly_between_draws():
     """The measured true spread: outcomes differ with chance, agree without it, and leave the game as it was."""
     sys.path.insert(0, str(ROOT / "benchmark"))
