@@ -348,16 +348,13 @@ def table(rows: list[dict]) -> str:
 
 def draw(rows: list[dict]):
     """A dot for each seed of each variant, a bar over their range, a panel for each measure."""
-    from matplotlib.figure import Figure
-
-    panels = [
-        p for p in PANELS if any(MEASURES[p[1]](r) is not None for r in rows if r["game"] == p[0])
-    ]
+    panels = [p for p in PANELS if any(r["game"] == p[0] for r in rows)]
     drawn = [row for row in rows if row["game"] in {game for game, *_ in panels}]
     names = list(by_variant(drawn, "std"))
     size = (3 + 2.1 * len(panels), 1.9 + 0.28 * len(names))
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
+    n = max(sum(r["variant"] == name for r in drawn if r["game"] == panels[0][0]) for name in names)
+    title = f"One change a row. Dot: one seed (n = {n}); bar: their range; dashed: mean of '{UNCHANGED}'"
+    figure, (axes,) = common.new_figure(title, 1, len(panels), size, sharey=True)
     for ax, (game, measure, meaning, better) in zip(axes, panels, strict=False):
         values = by_variant([row for row in rows if row["game"] == game], measure)
         for y, name in enumerate(names):
@@ -368,17 +365,12 @@ def draw(rows: list[dict]):
             ax.axvline(statistics.mean(values[UNCHANGED]), color="0.4", linestyle="--", linewidth=1)
         ax.set_title(f"{game}: {meaning}\n{better} is better", fontsize=8.5)
         ax.set(yticks=range(len(names)), yticklabels=names)
-        ax.grid(alpha=0.3)
     axes[0].invert_yaxis()
-    n = max(sum(r["variant"] == name for r in drawn if r["game"] == panels[0][0]) for name in names)
-    about = f"dot: one seed (n = {n}); bar: their range; dashed: mean of '{UNCHANGED}'"
-    figure.suptitle(about, fontsize=9)
     return figure
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser = common.parser(__doc__)
     add, variants = parser.add_argument, list(VARIANTS)
     add("--games", nargs="+", choices=list(GAMES), default=["Catch", "Pong"])
     add("--only", nargs="+", choices=variants, default=variants, metavar="VARIANT")

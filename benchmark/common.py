@@ -4,6 +4,7 @@ Needs no PyTorch. An experiment is three files: NAME.jsonl, the raw results, eac
 processor that it was measured with; NAME.md and NAME.png, which the script makes from them again with --table.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -33,6 +34,12 @@ class BadInput(ValueError):
     """Something the user gave is wrong; the message is one line that says what, and what to do."""
 
 
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser of arguments that shows a script's text as it is."""
+    how = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=doc, formatter_class=how)
+
+
 def run(script: str, main: Callable, *given) -> int:
     """Exit status of a script: 0; 2 for bad input, 1 where a file cannot be read or written, each with one line."""
     try:
@@ -51,24 +58,15 @@ def run(script: str, main: Callable, *given) -> int:
 
 def about(script: str) -> dict:
     """The command, the commit (`-dirty` where files were changed since; None outside git), processor and versions."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-    ]
-    commit = None
+    git, here = "git describe --always --dirty --abbrev=40".split(), Path(__file__).parent
+    commit, versions = None, {name: importlib.metadata.version(name) for name in PACKAGES}
     with contextlib.suppress(OSError):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+        commit = subprocess.run(git, cwd=here, capture_output=True, text=True).stdout.strip()
     return {
         "command": shlex.join(["python", f"benchmark/{script}", *sys.argv[1:]]),
-        "git_commit": commit,
+        "git_commit": commit or None,
         "processor": processor(),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), **versions},
     }
 
 
@@ -127,15 +125,10 @@ def read_object(text: str, where: str, remedy: str = "delete that line") -> dict
 def add_row(path: Path, row: dict, again: bool = False) -> None:
     """Append a raw result, or put it in the last one's place; NaN and infinities, measures over nothing, become null."""
     row = json.loads(json.dumps(row), parse_constant=lambda _: None)
-    before = (
-        path.read_text(encoding="utf-8").splitlines()[: -1 if again else None]
-        if path.exists()
-        else []
-    )
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [*(lines[:-1] if again else lines), json.dumps(row)]
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(
-        "".join(f"{line}\n" for line in [*before, json.dumps(row)]), encoding="utf-8"
-    )
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     temporary.replace(path)
 
 

@@ -12,7 +12,6 @@ percentile bootstraps over games. Human-normalised: 0 random play, 1 a person, b
 Writes the table and the learning curves: improvement.md and improvement.png in the folder, or NAME.md and NAME.png.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -91,8 +90,7 @@ def improvement(source: Path, out: Path | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 2 for bad input, 1 for a failure."""
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser = common.parser(__doc__)
     parser.add_argument("runs", type=Path, help="folder of finished runs, or a file of them")
     parser.add_argument("--out", type=Path, metavar="NAME.jsonl", help="file of the runs to write")
     options = parser.parse_args(argv)

@@ -584,8 +584,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser = common.parser(__doc__)
     add, source = parser.add_argument, "[NAME=]FOLDER"
     add("results", nargs="*", metavar=source, help="folder or file of runs of one setting")
     add("--out", type=Path, required=True, help="folder; an earlier report there is replaced")

@@ -289,8 +289,7 @@ def table(row: dict) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser = common.parser(__doc__)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of both sides")

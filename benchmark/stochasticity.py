@@ -192,12 +192,13 @@ def table(rows: list[dict]) -> str:
 
 def draw(rows: list[dict]):
     """The model's spread against the true one, state by state, for four settings of each game."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in rows if row["chance"] == "stochastic"]
     games = list(dict.fromkeys(row["game"] for row in rows))
-    figure = Figure(figsize=(3.1 * len(SHOWN), 3.5 * len(games) + 0.5), layout="constrained")
-    axes = figure.subplots(len(games), len(SHOWN), squeeze=False)
+    figure, axes = common.new_figure(
+        "Is the model as unsure as the game is random? A dot is a saved state: the standard deviation of the next\n"
+        f"latent ({len(rows[0]['spread_true'])} states a game, 1 model each). On the line the model is right.",
+        len(games), len(SHOWN), (3.1 * len(SHOWN), 3.5 * len(games) + 0.5),
+    )  # fmt: skip
     for game, line in zip(games, axes, strict=True):
         chosen = {tuple(r[key] for key in SETTING): r for r in rows if r["game"] == game}
         limit = 1.08 * max(max(r["spread_true"] + r["spread_model"]) for r in chosen.values())
@@ -211,11 +212,6 @@ def draw(rows: list[dict]):
             title = f"{game}, {steps} sampling steps, churn {churn:g}\nstart {start}: "
             ax.set_title(f"{title}spread / true {row['spread_ratio']:.2f}", fontsize=8.5)
         line[0].set_ylabel("the model's spread")
-    figure.suptitle(
-        "Is the model as unsure as the game is random? A dot is a saved state: the standard deviation of the next\n"
-        f"latent ({len(row['spread_true'])} states a game, 1 model each). On the line the model is right.",
-        fontsize=10,
-    )
     return figure
 
 
@@ -237,8 +233,7 @@ def stochasticity(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser = common.parser(__doc__)
     add = parser.add_argument
     add("--games", nargs="+", default=["Pong", "Breakout"])
     add("--updates", type=int, default=350, help="diffusion updates")
