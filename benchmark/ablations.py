@@ -301,7 +301,7 @@ def read_results(out: Path) -> list[dict]:
     """The raw results. Raises `BadInput` for lines that do not belong together."""
     seen, keys = {}, ("game", "variant", "seed", "reward", "pixels", "changed", "arguments")
     for i, row in enumerate(rows := common.read_rows(out, *keys), 1):
-        first = next(j for j, r in enumerate(rows, 1) if r["game"] == row["game"])
+        first = next((j for j, r in enumerate(rows, 1) if r["game"] == row["game"]), i)
         one, other = rows[first - 1], row
         free = {"seed", "threads", "device", "resume", *one["changed"], *other["changed"]}
         for name in sorted({*one["arguments"], *other["arguments"]} - free):
@@ -389,17 +389,19 @@ def ablations(options: argparse.Namespace) -> None:
     """All runs that are not there yet, then table and picture of all that are."""
     if not options.table:
         common.open_rows(options.out)
-    there = {(r["game"], r["variant"], r["seed"]) for r in read_results(options.out)}
+    with common.reading(options.out):
+        there = {(r["game"], r["variant"], r["seed"]) for r in read_results(options.out)}
     threads = options.threads or max(1, jedi.usable_cores() // options.jobs)
     wanted = itertools.product(options.seeds, options.games, options.only)
     todo = [(*one, seed, threads) for seed, *one in wanted if (*one, seed) not in there]
     run_all([] if options.table else todo, options.jobs, options.out)
-    rows = read_results(options.out)
+    with common.reading(options.out):
+        rows = read_results(options.out)
+        games = {game: [row for row in rows if row["game"] == game] for game in GAMES}
+        parts = [f"### {game}\n\n{table(found)}" for game, found in games.items() if found]
     if not rows:
         raise common.BadInput(f"{options.out} holds no results; leave --table out to make them")
-    games = {game: [row for row in rows if row["game"] == game] for game in GAMES}
-    text = "\n".join(f"### {game}\n\n{table(found)}" for game, found in games.items() if found)
-    print(text, end="")
+    print(text := "\n".join(parts), end="")
     common.write_up(options.out, text, functools.partial(draw, rows))
 
 

@@ -103,6 +103,18 @@ def read_rows(path: Path, *keys: str) -> list[dict]:
     return rows
 
 
+@contextlib.contextmanager
+def reading(path: Path):
+    """Whatever goes wrong within is a line with other contents than a script writes: `BadInput` says so."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
+        what = f"a line that was not made by this script ({type(error).__name__}: {error})"
+        raise BadInput(f"{path} holds {what}; give another file") from None
+
+
 def open_rows(path: Path, *keys: str) -> list[dict]:
     """The same of a file that is to be added to: where it cannot be written, now is the time to say so."""
     rows = read_rows(path, *keys)

@@ -277,7 +277,7 @@ def runs_frame(groups: dict[str, list[Run]]):
             row |= {"time": common.clock(r["wall_seconds"])}
             memory = r.get("peak_memory_bytes")
             row["memory (GiB)"] = memory and round(memory / 2**30, 2)
-            row |= {key: r.get(key) for key in ("device", "precision", "preset")}
+            row |= {key: str(r.get(key) or "–") for key in ("device", "precision", "preset")}
             rows.append(row | dict(script=run.script and run.script[:7], where=run.where))
     return pd.DataFrame(rows)
 

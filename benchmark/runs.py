@@ -56,33 +56,28 @@ class Run:
     @property
     def cut(self) -> bool:
         """Whether games ended at --max-episode-steps, before the papers' limit: not comparable with whole games."""
-        limit = self.result["args"].get("max_episode_steps", WHOLE_GAME)
+        limit = self.result["args"].get("max_episode_steps") or WHOLE_GAME
         return limit < WHOLE_GAME and max(self.result.get("lengths") or [limit]) >= limit
 
     @property
     def curve(self) -> np.ndarray:
         """Steps, mean return and half of its 95% interval (NaN: not logged) of each evaluation but the first, which is
         of random play, and of the games at the end: (n, 3)."""
-        games = self.result["args"].get("eval_episodes", 0)
+        games = self.result["args"].get("eval_episodes") or 0
         evaluated = [row for row in self.metrics if "eval/mean_return" in row][1:]
         rows = [
-            (row["charts/env_steps"], row["eval/mean_return"], row.get("eval/std_return", math.nan))
-            for row in [*evaluated, {**self.end, "eval/std_return": math.nan}]
+            (r["charts/env_steps"], r["eval/mean_return"], abs(r.get("eval/std_return", math.nan)))
+            for r in evaluated
         ]
+        rows.append((self.result["env_steps"], self.result["mean_return"], math.nan))
         return np.array(rows) * (1, 1, 1.96 / math.sqrt(games - 1) if games > 1 else math.nan)
-
-    @property
-    def end(self) -> dict:
-        """The games at the end, as an evaluation."""
-        result = self.result
-        return {"charts/env_steps": result["env_steps"], "eval/mean_return": result["mean_return"]}
 
 
 # --- reading
 
 
 def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and -1e300 < value < 1e300
 
 
 def are_numbers(value) -> bool:
@@ -99,14 +94,18 @@ REQUIRED: dict[str, tuple[Callable, str]] = {
 }
 MAY_LACK = dict(returns_random=NUMBERS, lengths=NUMBERS, updates=TABLE, reward_recall=NUMBER)
 MAY_LACK |= dict(peak_memory_bytes=NUMBER, environment=NAME)
+MAY_LACK |= {f"args.{key}_episodes": NUMBER for key in ("eval", "final")}
+MAY_LACK["args.max_episode_steps"] = NUMBER
 
 
 def check_result(result: dict, where: str, remedy: str = REMEDY) -> dict:
     """The whole result of a run. Raises `BadInput` that names what is wrong with it."""
+    result = result if isinstance(result, dict) else {}
     for key, (fits, wanted) in {**REQUIRED, **MAY_LACK}.items():
-        value = result.get(key)
         if key in REQUIRED and key not in result:
             raise BadInput(f"{where} has no {key!r}: it is not the whole result of a run; {remedy}")
+        table, _, name = key.rpartition(".")
+        value = (result[table] if table else result).get(name)
         if not fits(value) and (key in REQUIRED or value is not None):
             shown = text if len(text := repr(value)) <= 60 else text[:57] + "..."
             raise BadInput(f"{where}: {key!r} is {shown}, not {wanted}; {remedy}")
@@ -126,11 +125,10 @@ def read_text(path: Path) -> str:
         raise BadInput(f"{path} is not text (UTF-8); {REMEDY}") from None
 
 
-def evaluations(lines: Iterable[str], where: str) -> list[dict]:
-    """The lines of metrics.jsonl that hold an evaluation. Raises `BadInput` that names the line."""
+def evaluations(logged: Iterable[dict], where: str) -> list[dict]:
+    """What was logged at evaluations. Raises `BadInput` that names the line."""
     rows, steps = [], 0.0
-    for number, line in enumerate(lines, 1):
-        row = common.read_object(line, f"{where}, line {number},", REMEDY)
+    for number, row in enumerate(logged, 1):
         steps = row.setdefault("charts/env_steps", steps)
         for key in (key for key, value in row.items() if not is_number(value)):
             raise BadInput(f"{where}, line {number}: {key} is {row[key]!r}; {REMEDY}")
@@ -154,7 +152,9 @@ def read_run(folder: Path) -> Run:
     result = check_result(common.read_object(read_text(path), str(path), REMEDY), str(path))
     if logged.exists():
         try:
-            metrics = evaluations(read_text(logged).splitlines(), str(logged))
+            lines = enumerate(read_text(logged).splitlines(), 1)
+            rows = [common.read_object(x, f"{logged}, line {i},", REMEDY) for i, x in lines]
+            metrics = evaluations(rows, str(logged))
         except BadInput as error:  # the score is good without
             print(f"left out: {error}", file=sys.stderr)
     return Run(str(folder), result, metrics, git_blob(folder / f"{result['script']}.py"))
@@ -175,6 +175,12 @@ def find_runs(source: Path, fits: Callable = lambda run: None) -> list[Run]:
         for i, row in enumerate(common.read_rows(source, *KEYS), 1):
             where = f"{source}, line {i}"
             check_result(row["result"], where, "delete that line")
+            logged, script = row["metrics"], row["script"] or ""
+            if not (isinstance(logged, list) and all(isinstance(x, dict) for x in logged + [{}])):
+                raise BadInput(f"{where}: 'metrics' is not a list of tables; delete that line")
+            if not isinstance(script, str):
+                raise BadInput(f"{where}: 'script' is {script!r}, not a name; delete that line")
+            row["metrics"] = evaluations(logged, f"{where}, metrics")
             readers.append(lambda where=where, row=row: Run(where, **row))
     for read in readers:
         try:
@@ -233,7 +239,7 @@ def draw_learning_curves(groups: dict[str, list[Run]]):
     rows = math.ceil(len(games) / columns)
     figure, axes = common.new_figure(
         "Return in evaluations, higher is better. Line and band: mean and range over n runs. Dot: one evaluation, with "
-        "its interval if logged.\nLarge mark: the games at the end; horizontal band: random play by the same rules; both "
+        "its interval if logged.\nLarge mark: the games at the end; hatched: random play by the same rules; both "
         "with 95% interval. Dashed: human, where in reach.",
         rows, columns, (max(8.5, 3.2 * columns), 1.5 + 2.3 * rows),
     )  # fmt: skip
@@ -272,5 +278,5 @@ def draw_runs(axis, runs: list[Run], look: tuple, label: str | None) -> None:
         axis.plot(steps, mean, color=colour, linewidth=2, linestyle=dashes)
         axis.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
     if chance := [x for run in runs for x in run.result.get("returns_random") or []]:
-        axis.axhspan(*interval(chance), color=colour, alpha=0.25, linewidth=0)
-        axis.axhline(np.mean(chance), color=colour, linestyle=":", linewidth=1)
+        hatched = dict(facecolor="none", edgecolor=colour, hatch="////", alpha=0.35, linewidth=0)
+        axis.axhspan(*interval(chance), **hatched)

@@ -314,7 +314,8 @@ def speed(options: argparse.Namespace) -> None:
         raise common.BadInput(f"--table needs a file that is there: --out is {options.out}")
     rows = common.open_rows(options.out, "device", "projected_hours") if options.out else []
     if options.table:
-        shown = [where(row) + "\n" + table(row) for row in rows if "ratios" in row]
+        with common.reading(options.out):
+            shown = [where(row) + "\n" + table(row) for row in rows if "ratios" in row]
         options.out.with_suffix(".md").write_text("\n".join(shown), encoding="utf-8")
         return print("\n".join(shown), end="")
     names = "env_id batch_size compile cuda_graphs threads device precision".split()

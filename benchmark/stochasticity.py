@@ -228,7 +228,8 @@ def stochasticity(options: argparse.Namespace) -> None:
     rows = common.read_rows(options.out, *keys)
     if not rows:
         raise common.BadInput(f"{options.out} holds no results; leave --table out to make them")
-    print(text := table(rows), end="")
+    with common.reading(options.out):
+        print(text := table(rows), end="")
     common.write_up(options.out, text, functools.partial(draw, rows))
 
 

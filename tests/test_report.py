@@ -3,6 +3,7 @@
 What needs rliable or matplotlib (benchmark/requirements.txt) is skipped where they cannot be imported.
 """
 
+import itertools
 import json
 import math
 import subprocess
@@ -20,6 +21,7 @@ for package in ("rliable.library", "matplotlib", "PIL"):
         package, reason="pip install -r benchmark/requirements.txt", exc_type=Exception
     )
 
+import improvement  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
 from rliable import library, metrics  # noqa: E402
@@ -412,6 +414,48 @@ def test_broken_results_are_named_and_nothing_is_written(name, tmp_path, capsys)
     said = capsys.readouterr().err
     assert [run.game for run in groups["jedi_atari"]] == ["Boxing"]
     assert said.startswith(f"left out: {run}") and message in said and said.count("\n") == 1
+
+
+def test_any_value_anywhere_is_taken_or_named(tmp_path):
+    """In a run folder and in a file of runs: what is read is drawn and tabled, the rest is `BadInput`, nothing else."""
+    row = {"result": result("Pong", 0), "metrics": [], "script": "abc"}
+    row["result"] |= dict(
+        lengths=[90] * 5, returns_random=[1.0, 2.0], reward_recall=0.5, updates={}
+    )
+    row["result"]["args"] |= {"max_episode_steps": 90}
+    row["metrics"] = [
+        {"charts/env_steps": k, "eval/mean_return": 1.0, "eval/std_return": 1.0} for k in (1, 2, 3)
+    ]
+    places = [((), key) for key in row] + [(("result",), key) for key in row["result"]]
+    places += [(("result", "args"), key) for key in row["result"]["args"]]
+    places += [(("metrics", 1), key) for key in row["metrics"][1]] + [(("metrics",), 1)]
+    values = [None, "x", -3, math.nan, 1e308, 10**400, [], [1, "a"], {}, {"a": 1}, True, ...]
+    refused_ones = 0
+    for (path, key), value in itertools.product(places, values):
+        changed = place = json.loads(json.dumps(row))
+        for step in path:
+            place = place[step]
+        if value is ...:
+            place.pop(key)
+        else:
+            place[key] = value
+        (folder := tmp_path / "run").mkdir(exist_ok=True)
+        (folder / "result.json").write_text(json.dumps(changed.get("result")))
+        logged = changed.get("metrics")
+        lines = [json.dumps(line) + "\n" for line in (logged if isinstance(logged, list) else [])]
+        (folder / "metrics.jsonl").write_text("".join(lines))
+        (kept := tmp_path / "runs.jsonl").write_text(json.dumps(changed) + "\n")
+        for source in (folder, kept):
+            try:
+                groups = report.load_groups([f"own={source}"])
+                report.scores_frame(report.measured_agents(groups)), report.runs_frame(groups)
+                assert runs.mean_and_range([run.curve for run in groups["own"]])
+                improvement.table(
+                    [run for run in groups["own"] if run.result.get("returns_random")]
+                )
+            except report.BadInput:
+                refused_ones += 1
+    assert 0.3 < refused_ones / (2 * len(places) * len(values)) < 0.9
 
 
 def test_broken_bytes_curves_and_unfinished_runs_are_named(tmp_path, capsys):
