@@ -450,9 +450,7 @@ def test_any_value_anywhere_is_taken_or_named(tmp_path):
                 groups = report.load_groups([f"own={source}"])
                 report.scores_frame(report.measured_agents(groups)), report.runs_frame(groups)
                 assert runs.mean_and_range([run.curve for run in groups["own"]])
-                improvement.table(
-                    [run for run in groups["own"] if run.result.get("returns_random")]
-                )
+                improvement.table(runs.find_runs(source, improvement.has_random_play))
             except report.BadInput:
                 refused_ones += 1
     assert 0.3 < refused_ones / (2 * len(places) * len(values)) < 0.9
