@@ -397,7 +397,10 @@ def ablations(options: argparse.Namespace) -> None:
     run_all([] if options.table else todo, options.jobs, options.out)
     with common.reading(options.out):
         rows = read_results(options.out)
-        games = {game: [row for row in rows if row["game"] == game] for game in GAMES}
+        games = {
+            game: [row for row in rows if row["game"] == game]
+            for game in [*GAMES, *(row["game"] for row in rows)]
+        }
         parts = [f"### {game}\n\n{table(found)}" for game, found in games.items() if found]
     if not rows:
         raise common.BadInput(f"{options.out} holds no results; leave --table out to make them")

@@ -91,7 +91,8 @@ def clock(seconds: float) -> str:
 def read_rows(path: Path, *keys: str) -> list[dict]:
     """Raw results, one JSON object a line, all with these keys; none where there is no file. Raises `BadInput`."""
     if path.is_dir() or path.suffix != ".jsonl":
-        raise BadInput(f"{path}: give a file that ends in .jsonl")
+        what = "is a folder" if path.is_dir() else "does not end in .jsonl"
+        raise BadInput(f"{path} {what}; give a file that ends in .jsonl")
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except UnicodeDecodeError:
@@ -116,8 +117,11 @@ def reading(path: Path):
 
 
 def open_rows(path: Path, *keys: str) -> list[dict]:
-    """The same of a file that is to be added to: where it cannot be written, now is the time to say so."""
-    rows = read_rows(path, *keys)
+    """The same of a file that is to be written: where it cannot be, or a table lies there that is not its own, now is
+    the time to say so."""
+    rows, page = read_rows(path, *keys), path.with_suffix(".md")
+    if not rows and page.exists():
+        raise BadInput(f"{page} is there already; give another --out than {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     return rows
@@ -127,7 +131,7 @@ def read_object(text: str, where: str, remedy: str = "delete that line") -> dict
     """A JSON object; NaN and infinities, which are not JSON, are let through to the checks of each key."""
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{where} is cut off or not JSON ({error}); {remedy}") from None
     if not isinstance(content, dict):
         raise BadInput(f"{where} is not a JSON object; {remedy}")
@@ -139,9 +143,19 @@ def add_row(path: Path, row: dict, again: bool = False) -> None:
     row = json.loads(json.dumps(row), parse_constant=lambda _: None)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     lines = [*(lines[:-1] if again else lines), json.dumps(row)]
+    write(path, "".join(f"{line}\n" for line in lines))
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """To a new file that then replaces `path`: a full disk costs no older one."""
+    content = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
 def markdown(header: Iterable, rows: Iterable[Iterable]) -> str:
@@ -159,6 +173,7 @@ def new_figure(title: str, rows: int, columns: int, size: tuple, **options):
 
     look = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
     sides = {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "report"}
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
     with matplotlib.rc_context(look | sides):
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title, fontsize=9.5)
@@ -176,9 +191,9 @@ def png(figure) -> bytes:
 
 def write_up(out: Path, text: str, draw: Callable) -> None:
     """Beside OUT.jsonl: OUT.md, and OUT.png of the figure that `draw()` makes."""
-    out.with_suffix(".md").write_text(text, encoding="utf-8")
+    write(out.with_suffix(".md"), text)
     with drawing(path := out.with_suffix(".png")):
-        path.write_bytes(png(draw()))
+        write(path, png(draw()))
 
 
 @contextlib.contextmanager

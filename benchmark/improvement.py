@@ -76,10 +76,19 @@ def improvement(source: Path, out: Path | None) -> None:
     found = runs.find_runs(source, has_random_play)
     found.sort(key=lambda run: (run.game, run.result["seed"]))
     if out:
-        common.open_rows(out, *runs.KEYS)  # it may be a file of runs, and nothing else
+
+        def key(result):
+            return result.get("script"), result.get("env_id"), result.get("seed")
+
+        there = {key(row["result"]) for row in common.open_rows(out, *runs.KEYS)}
+        if lost := there - {key(run.result) for run in found}:
+            which = f"{out} holds {len(lost)} runs that are not in {source}"
+            raise common.BadInput(
+                f"{which}, such as {sorted(map(str, lost))[0]}; give another --out"
+            )
         kept = [(r.result, [*map(shortened, r.metrics)], r.script) for r in found]
         lines = [json.dumps(dict(zip(runs.KEYS, row, strict=True))) + "\n" for row in kept]
-        out.write_text("".join(lines), encoding="utf-8")
+        common.write(out, "".join(lines))
     print(text := table(found), end="")
     groups = {}
     for run in found:

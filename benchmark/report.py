@@ -115,7 +115,7 @@ def load_groups(words: list[str]) -> dict[str, list[Run]]:
         name, equals, folder = word.partition("=")
         if not equals or Path(word).exists():
             name, folder = "", word
-        elif not name or not folder:
+        elif not name.isprintable() or name[:1] in ("", "_") or not folder:
             raise BadInput(f"{word!r} is neither a folder nor NAME=FOLDER")
         found = runs.find_runs(Path(folder), of_atari_100k)
         scripts = sorted({run.result["script"] for run in found})
@@ -576,10 +576,10 @@ def report(options: argparse.Namespace) -> None:
     files["report.md"] = report_text(agents, aggregates, frames, drawn, options.reps).encode()
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        (out / name).write_bytes(content)
-    for old in out.glob("*.*"):  # of an earlier report
-        if old.name not in files and old.stem in {*pictures, "learning_curves", "scores", "runs"}:
-            old.unlink()
+        common.write(out / name, content)
+    for name in {*pictures, "learning_curves", *frames, "runs"}:  # of an earlier report
+        for old in {f"{name}.png", f"{name}.svg", f"{name}.csv"} - {*files}:
+            (out / old).unlink(missing_ok=True)
     print(out / "report.md")
 
 

@@ -305,13 +305,15 @@ def cost(options: argparse.Namespace, runs: list[Path], missing: int, unit: str)
     each, k, source = sum(done) / max(len(done), 1), options.runs_per_gpu or 1, "the finished runs"
     if not done and options.settings == "jedi_atari.py --preset paper" and not options.jobs:
         cards = subprocess.getoutput(f"{NVIDIA_SMI}=name").splitlines()
-        path = HERE.parent / "results" / "speed.jsonl"
-        for found in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
-            if found["device"] in cards:
-                each, k, source = found["projected_hours"], 1, f"{path.name}, one run alone"
-    hours = f"{missing * each / k:,.1f} ({each:.1f} a run, from {source})"
-    todo = f"{missing} of {len(runs)} runs to do, {unit}-hours:"
-    return f"{todo} {hours if each else 'not measured'}"
+        with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
+            text = (HERE.parent / "results" / "speed.jsonl").read_text()
+            for found in map(json.loads, text.splitlines()):
+                if found["device"] in cards and found.get("update_batch_size", 32) == 32:
+                    each, k, source = float(found["projected_hours"]), 1, "speed.jsonl, one alone"
+    hours = (
+        f"{missing * each / k:,.1f} ({each:.1f} a run, from {source})" if each else "not measured"
+    )
+    return f"{missing} of {len(runs)} runs to do, {unit}-hours: {hours}"
 
 
 def main(argv: list[str]) -> int:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -51,7 +52,8 @@ class Run:
 
     @property
     def settings(self) -> dict:
-        return {key: value for key, value in self.result["args"].items() if key not in NOT_SETTINGS}
+        args = {key: x for key, x in self.result["args"].items() if key not in NOT_SETTINGS}
+        return args | {"environment": self.result.get("environment") or "plain"}
 
     @property
     def cut(self) -> bool:
@@ -85,7 +87,7 @@ def are_numbers(value) -> bool:
 
 
 NUMBER, NUMBERS = (is_number, "a finite number"), (are_numbers, "a list of finite numbers")
-NAME = (lambda x: isinstance(x, str) and bool(x), "a name")
+NAME = (lambda x: isinstance(x, str) and bool(x) and x.isprintable(), "a name")
 TABLE = (lambda x: isinstance(x, dict), "a table of names and values")
 REQUIRED: dict[str, tuple[Callable, str]] = {
     **dict(env_id=NAME, script=NAME, args=TABLE, returns=NUMBERS, mean_return=NUMBER),
@@ -115,6 +117,8 @@ def check_result(result: dict, where: str, remedy: str = REMEDY) -> dict:
         raise BadInput(f"{where}: {text}; {remedy}")
     if count is not None and count != len(result["returns"]):
         raise BadInput(f"{where} has {len(result['returns'])} returns of {count} games; {remedy}")
+    if len(result.get("lengths") or result["returns"]) != len(result["returns"]):
+        raise BadInput(f"{where} has {len(result['lengths'])} lengths of {count} games; {remedy}")
     return result
 
 
@@ -166,9 +170,15 @@ def find_runs(source: Path, fits: Callable = lambda run: None) -> list[Run]:
     together: one agent is one method, so its runs differ in game, seed and machine only, and a seed counts once."""
     if not source.exists():
         raise BadInput(f"{source} is not there; give a folder that holds run folders")
-    names, found, without = ("args.json", "metrics.jsonl", "result.json"), {}, []
+    names, found, without = {"args.json", "metrics.jsonl", "result.json"}, {}, []
     if source.is_dir():
-        folders = {path.parent for name in names for path in source.rglob(name)}
+        folders, seen = [], set()
+        for here, below, files in os.walk(source, followlinks=True):
+            if (real := os.path.realpath(here)) in seen:  # a link in a circle, or to what was seen
+                below.clear()
+            elif names & {*files}:
+                folders.append(Path(here))
+            seen.add(real)
         readers = [lambda folder=folder: read_run(folder) for folder in sorted(folders)]
     else:
         readers = []
@@ -180,8 +190,8 @@ def find_runs(source: Path, fits: Callable = lambda run: None) -> list[Run]:
                 raise BadInput(f"{where}: 'metrics' is not a list of tables; delete that line")
             if not isinstance(script, str):
                 raise BadInput(f"{where}: 'script' is {script!r}, not a name; delete that line")
-            row["metrics"] = evaluations(logged, f"{where}, metrics")
-            readers.append(lambda where=where, row=row: Run(where, **row))
+            run = Run(where, row["result"], evaluations(logged, f"{where}, metrics"), row["script"])
+            readers.append(lambda run=run: run)
     for read in readers:
         try:
             fits(run := read())

@@ -312,11 +312,14 @@ def speed(options: argparse.Namespace) -> None:
         raise common.BadInput(f"--repeats is {options.repeats}; it must be at least 1")
     if options.table and not (options.out and options.out.exists()):
         raise common.BadInput(f"--table needs a file that is there: --out is {options.out}")
-    rows = common.open_rows(options.out, "device", "projected_hours") if options.out else []
+    read = common.read_rows if options.table else common.open_rows
+    rows = read(options.out, "device", "projected_hours") if options.out else []
     if options.table:
         with common.reading(options.out):
             shown = [where(row) + "\n" + table(row) for row in rows if "ratios" in row]
-        options.out.with_suffix(".md").write_text("\n".join(shown), encoding="utf-8")
+        if not shown:
+            raise common.BadInput(f"{options.out} holds no results with both sides; measure some")
+        common.write(options.out.with_suffix(".md"), "\n".join(shown))
         return print("\n".join(shown), end="")
     names = "env_id batch_size compile cuda_graphs threads device precision".split()
     args = jedi.Args(**{name: getattr(options, name) for name in names})

@@ -81,6 +81,8 @@ def learn_catch(seed: int, run_dir: Path, **changes) -> dict:
 def table(path: Path) -> str:
     """Markdown, one row a seed. Raises `FileNotFoundError` if there are no results."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if not rows:
+        raise FileNotFoundError("it is empty")
     lines = [
         "| seed | return of 100 games | time | threads | reward seen 0, 1, 3 steps into a dream | open loop 1, 3 "
         "| latents: standard deviation, rank, saturated |",
@@ -113,7 +115,7 @@ def main() -> None:
     if args.table:
         try:
             return print(table(args.table))
-        except (OSError, ValueError, KeyError) as error:
+        except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
             parser.error(
                 f"{args.table} is no file of results of Catch ({error!r}); make it with --out"
             )

@@ -80,6 +80,12 @@ def test_table_and_picture_of_a_real_run_and_of_the_file_that_keeps_it(made, tmp
     (one,), (other,) = runs.find_runs(made), runs.find_runs(kept)
     assert one.result == other.result and one.script == other.script
     np.testing.assert_allclose(one.curve, other.curve, rtol=1e-4)
+    kept.write_text(before := kept.read_text() + kept.read_text().replace('"seed": 3', '"seed": 4'))
+    assert improvement.main([str(made), "--out", str(kept)]) == 2  # it holds a run more
+    assert kept.read_text() == before and "1 runs that are not in" in capsys.readouterr().err
+    (tmp_path / "readme.md").write_text("mine")
+    assert improvement.main([str(made), "--out", str(tmp_path / "readme.jsonl")]) == 2
+    assert "readme.md is there already" in capsys.readouterr().err
     for path in (tmp_path / "notes.txt", tmp_path / "notes.jsonl"):  # somebody else's
         path.write_text('{"a": 1}\n')
         assert improvement.main([str(made), "--out", str(path)]) == 2

@@ -324,8 +324,9 @@ def test_a_report_is_replaced_and_nothing_else_is(tmp_path, monkeypatch, capsys)
     before = snapshot(out)
     assert {*before} == {"report.md", "aggregates.json", "asymmetry.png"}
     (out / "learning_curves.png").write_bytes(b"of an earlier report")
+    (out / "runs.jsonl").write_text("mine")
     assert report.main([*words, str(out)]) == 0
-    assert snapshot(out) == before  # the same numbers, the same bytes
+    assert snapshot(out) == before | {"runs.jsonl": b"mine"}  # the same numbers, the same bytes
     (out / "report.md").write_text("# Mine\n")
     capsys.readouterr()
     assert report.main([*words, str(out)]) == 2 and "other files" in capsys.readouterr().err
@@ -359,7 +360,7 @@ def test_real_run_folder_is_understood(tmp_path, micro):
     assert agent.label == "jedi_atari, games cut (n=1, 1 of 26 games)"
     assert agent.scores["Freeway"] == [np.mean(trained["returns"])]
     known = {field.name for field in jedi.dataclasses.fields(jedi.Args)}
-    assert known == runs.NOT_SETTINGS | set(run.settings)
+    assert known | {"environment"} == runs.NOT_SETTINGS | set(run.settings)
 
 
 # --- wrong input: one line that names it, status 2, nothing written
@@ -489,10 +490,21 @@ def test_what_does_not_belong_together_is_named(tmp_path, capsys):
     cuda = result("Pong", 1)["args"] | {"device": "cuda:3", "threads": 2, "seed": 1}
     (boxing / "result.json").write_text(json.dumps(result("Pong", 1, args=cuda)))
     assert len(report.load_groups(words[:1])["jedi_atari"]) == 2  # neither device nor seed
+    (boxing / "result.json").write_text(json.dumps(result("Pong", 1, environment="stochastic")))
+    refused(words, capsys, "environment is 'stochastic' and 'plain'")
     (boxing / "result.json").write_text(
         json.dumps(result("Pong", 0, args=changed, script="jedi_atari_stochastic"))
     )
     assert set(report.load_groups(words[:1])) == {"jedi_atari", "jedi_atari_stochastic"}
+
+
+def test_links_to_run_folders_are_followed_and_each_run_counts_once(tmp_path):
+    made = [write_run(tmp_path / "there", game, 0) for game in FEW]
+    (here := tmp_path / "here").mkdir()
+    for i, run in enumerate([*made, made[0]]):
+        (here / f"link{i}").symlink_to(run)
+    (made[0] / "circle").symlink_to(here)
+    assert sorted(run.game for run in runs.find_runs(here)) == FEW
 
 
 @pytest.mark.parametrize(
@@ -504,8 +516,9 @@ def test_what_does_not_belong_together_is_named(tmp_path, capsys):
         (["runs", "--published", "--out", "o"], "one of the two"),
         (["--published", "--out", "file"], "is a file"),
         (["--published", "--out", "o", "--reps", "0"], "--reps"),
-        (["file", "--out", "o"], "file: give a file that ends in .jsonl"),
+        (["file", "--out", "o"], "file does not end in .jsonl"),
         (["=runs", "--out", "o"], "NAME=FOLDER"),
+        (["a\nb=runs", "--out", "o"], "NAME=FOLDER"),
         (["DIAMOND=runs", "--out", "o"], "'DIAMOND'"),
         (["a=runs", "a=runs", "--out", "o"], "'a'"),
         (["file.jsonl", "--out", "o"], "holds no result.json"),
@@ -525,9 +538,15 @@ def test_wrong_words(words, message, tmp_path, monkeypatch, capsys):
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(report, "report_text", full)
-    assert report.main(["--published", "--reps", "2", "--out", str(tmp_path / "o")]) == 1
-    assert capsys.readouterr().err == "report.py: failed: no space left\n"
+    for name in ("games", "aggregates", "asymmetry", "action_sets", "profiles"):
+        monkeypatch.setattr(
+            report, f"draw_{name}", lambda *_: report.new_figure("", 1, 1, (2, 1))[0]
+        )
+    words, old = ["--published", "--reps", "2", "--out", str(tmp_path / "o")], tmp_path / "o"
+    assert report.main(words) == 0
+    before = snapshot(old)
+    (tmp_path / "full").symlink_to("/dev/full")
+    monkeypatch.setattr(Path, "with_name", lambda *_: tmp_path / "full")
+    assert report.main(words) == 1 and snapshot(old) == before
+    error = f"report.py: failed: cannot write {old}/aggregates.json: No space left on device\n"
+    assert capsys.readouterr().err.endswith(error)
