@@ -306,14 +306,12 @@ def cost(options: argparse.Namespace, runs: list[Path], missing: int, unit: str)
     if not done and options.settings == "jedi_atari.py --preset paper" and not options.jobs:
         cards = subprocess.getoutput(f"{NVIDIA_SMI}=name").splitlines()
         with contextlib.suppress(OSError, LookupError, TypeError, ValueError):
-            text = (HERE.parent / "results" / "speed.jsonl").read_text()
-            for found in map(json.loads, text.splitlines()):
+            for found in map(json.loads, open(HERE.parent / "results" / "speed.jsonl")):
                 if found["device"] in cards and found.get("update_batch_size", 32) == 32:
                     each, k, source = float(found["projected_hours"]), 1, "speed.jsonl, one alone"
-    hours = (
-        f"{missing * each / k:,.1f} ({each:.1f} a run, from {source})" if each else "not measured"
-    )
-    return f"{missing} of {len(runs)} runs to do, {unit}-hours: {hours}"
+    hours = f"{missing * each / k:,.1f} ({each:.1f} a run, from {source})"
+    todo = f"{missing} of {len(runs)} runs to do, {unit}-hours:"
+    return f"{todo} {hours if each else 'not measured'}"
 
 
 def main(argv: list[str]) -> int:
