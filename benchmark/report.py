@@ -70,7 +70,7 @@ class Agent:
         n = "-".join(map(str, dict.fromkeys([*runs_of[:1], *runs_of[-1:]])))
         known = "means" if self.means_only else f"n={n}"
         part = f", {len(self.scores)} of {len(GAMES)} games" * (len(self.scores) < len(GAMES))
-        return f"{self.name}{self.mark} ({known}{part})" if self.scores else f"{self.name} (quoted)"
+        return self.name + self.mark + (f" ({known}{part})" if self.scores else "")
 
     def hns(self, game: str) -> np.ndarray:
         """Human-normalised scores of the runs of a game."""
@@ -97,7 +97,8 @@ def published_agents() -> list[Agent]:
         arrays = {game: np.array(values, dtype=float) for game, values in scores.items()}
         printed = entry.get("printed_aggregates", {})
         main, means = name in PUBLISHED["main"], "means" in entry
-        agents.append(Agent(name, arrays, False, main, means, tuple(notes), printed))
+        mark = "" if scores else ", second-hand"
+        agents.append(Agent(name, arrays, False, main, means, tuple(notes), printed, mark))
     return agents
 
 
@@ -284,7 +285,7 @@ def runs_frame(groups: dict[str, list[Run]]):
 
 def aggregate_table(agents: list[Agent], aggregates: dict, subset: str) -> str:
     """The agents that have all of these games; in brackets the interval."""
-    rows = []
+    rows, whole = [], subset == "all"
     for agent in agents:
         summary, cells = aggregates[agent.name][subset], []
         if summary["missing"]:
@@ -295,13 +296,13 @@ def aggregate_table(agents: list[Agent], aggregates: dict, subset: str) -> str:
             cells.append(number(summary[metric], 3) + interval)
         ends = dict.fromkeys([summary["n_runs"], summary["n_runs_max"]])
         counts = "–" if summary["n_runs"] is None else "-".join(map(str, ends))
-        printed = agent.printed.items() if subset == "all" else ()
+        printed = agent.printed.items() if whole else ()
         other = [f"{k} {v:g}" for k, v in printed if k != "where" and abs(v - summary[k]) > 6e-4]
         above = f"{summary['superhuman']} of {summary['n_games']}"
         row = [agent.name + agent.mark, counts, *cells, above, number(summary["har_hns"], 3)]
-        rows.append(row + [", ".join(other)])
+        rows.append(row + [", ".join(other).replace("superhuman", "at or above human")] * whole)
     header = ["Agent", "Runs", *METRICS.values(), "At or above human", "Har-HNS"]
-    return markdown([*header, "Printed otherwise"], rows)
+    return markdown(header + ["Printed otherwise"] * whole, rows)
 
 
 def asymmetry(agents: list[Agent]) -> list[tuple[Agent, float, float]]:
@@ -364,7 +365,7 @@ def report_text(agents: list[Agent], aggregates: dict, frames: dict, drawn: set,
     ]
     others = [a for a in agents if a.scores and not a.main]
     groups = {
-        "Main agents": [a for a in agents if a.main],
+        "The agents in the pictures": [a for a in agents if a.main],
         "Others": [a for a in others if len(a.scores) == len(GAMES)],
         "Others, some games": [a for a in others if len(a.scores) < len(GAMES)],
     }
@@ -450,7 +451,7 @@ def draw_aggregates(agents: list[Agent], aggregates: dict):
         having = [a for a in agents if not aggregates[a.name][subset]["missing"]]
         rows[subset] = sorted(having, key=lambda a, s=subset: aggregates[a.name][s]["iqm"])
     heights = [len(shown) + 3 for shown in rows.values()]
-    title = "Human-normalised aggregates. Bar: 95% bootstrap interval; dot: means only, one run or quoted: no interval"
+    title = "Human-normalised aggregates. Bar: 95% bootstrap interval; dot: means only, one run or second-hand: no interval"
     size = (12, 0.6 + 0.23 * sum(heights))
     figure, panels = new_figure(title, len(rows), 4, size, height_ratios=heights)
     for line, (subset, shown) in zip(panels, rows.items(), strict=True):
