@@ -347,7 +347,8 @@ class Parsed(Exception):
 
 def parse_with_argparse(path: Path, argv: list[str]) -> None:
     """Let a script's own function judge its arguments, or else run it up to where argparse has accepted them."""
-    assert "argparse" in path.read_text(), f"no rule for {path.name}: it has no parser"
+    has_parser = re.search(r"argparse|common\.parser", path.read_text())
+    assert has_parser, f"no rule for {path.name}: it has no parser"
     parse = argparse.ArgumentParser.parse_args
 
     def stop(parser, *args, **kwargs):
