@@ -67,8 +67,23 @@ def has_random_play(run: Run) -> None:
 
 
 def shortened(row: dict) -> dict:
-    """Five digits are enough of a metric."""
-    return {key: float(f"{value:.5g}") for key, value in row.items()}
+    """Five digits are enough of what is neither a count nor a score."""
+    exact = ("charts/", "eval/")
+    return {k: v if k.startswith(exact) else float(f"{v:.5g}") for k, v in row.items()}
+
+
+def keep(found: list[Run], out: Path) -> None:
+    """The runs as one file. Raises `BadInput` if it would lose others that are there."""
+    key = lambda result: tuple(result.get(k) for k in ("script", "env_id", "seed"))  # noqa: E731
+    rows = common.open_rows(out, *runs.KEYS)
+    with common.reading(out):
+        lost = {key(row["result"]) for row in rows} - {key(run.result) for run in found}
+    if lost:
+        which = f"{len(lost)} other runs, such as {' '.join(map(str, min(lost)))}"
+        raise common.BadInput(f"{out} holds {which}; give another --out")
+    kept = [(run.result, [*map(shortened, run.metrics)], run.script) for run in found]
+    lines = [json.dumps(dict(zip(runs.KEYS, row, strict=True))) + "\n" for row in kept]
+    common.write(out, "".join(lines))
 
 
 def improvement(source: Path, out: Path | None) -> None:
@@ -76,19 +91,7 @@ def improvement(source: Path, out: Path | None) -> None:
     found = runs.find_runs(source, has_random_play)
     found.sort(key=lambda run: (run.game, run.result["seed"]))
     if out:
-
-        def key(result):
-            return result.get("script"), result.get("env_id"), result.get("seed")
-
-        there = {key(row["result"]) for row in common.open_rows(out, *runs.KEYS)}
-        if lost := there - {key(run.result) for run in found}:
-            which = f"{out} holds {len(lost)} runs that are not in {source}"
-            raise common.BadInput(
-                f"{which}, such as {sorted(map(str, lost))[0]}; give another --out"
-            )
-        kept = [(r.result, [*map(shortened, r.metrics)], r.script) for r in found]
-        lines = [json.dumps(dict(zip(runs.KEYS, row, strict=True))) + "\n" for row in kept]
-        common.write(out, "".join(lines))
+        keep(found, out)
     print(text := table(found), end="")
     groups = {}
     for run in found:

@@ -164,6 +164,17 @@ def read_run(folder: Path) -> Run:
     return Run(str(folder), result, metrics, git_blob(folder / f"{result['script']}.py"))
 
 
+def run_of_line(row: dict, where: str) -> Run:
+    """A run from a line of a file of runs. Raises `BadInput`."""
+    result = check_result(row["result"], where, "delete that line")
+    logged, script = row["metrics"], row["script"]
+    if not (isinstance(logged, list) and all(isinstance(x, dict) for x in logged)):
+        raise BadInput(f"{where}: 'metrics' is not a list of tables; delete that line")
+    if not isinstance(script, str | None):
+        raise BadInput(f"{where}: 'script' is {script!r}, not a name; delete that line")
+    return Run(where, result, evaluations(logged, f"{where}, metrics"), script)
+
+
 def find_runs(source: Path, fits: Callable = lambda run: None) -> list[Run]:
     """All runs below a folder or in a file, of one setting. What is left out, because it is no whole run or because
     `fits(run)` raises `BadInput`, is said in a line. Raises `BadInput` if nothing is left, or if they do not belong
@@ -183,14 +194,7 @@ def find_runs(source: Path, fits: Callable = lambda run: None) -> list[Run]:
     else:
         readers = []
         for i, row in enumerate(common.read_rows(source, *KEYS), 1):
-            where = f"{source}, line {i}"
-            check_result(row["result"], where, "delete that line")
-            logged, script = row["metrics"], row["script"] or ""
-            if not (isinstance(logged, list) and all(isinstance(x, dict) for x in logged + [{}])):
-                raise BadInput(f"{where}: 'metrics' is not a list of tables; delete that line")
-            if not isinstance(script, str):
-                raise BadInput(f"{where}: 'script' is {script!r}, not a name; delete that line")
-            run = Run(where, row["result"], evaluations(logged, f"{where}, metrics"), row["script"])
+            run = run_of_line(row, f"{source}, line {i}")
             readers.append(lambda run=run: run)
     for read in readers:
         try:

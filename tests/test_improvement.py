@@ -82,7 +82,10 @@ def test_table_and_picture_of_a_real_run_and_of_the_file_that_keeps_it(made, tmp
     np.testing.assert_allclose(one.curve, other.curve, rtol=1e-4)
     kept.write_text(before := kept.read_text() + kept.read_text().replace('"seed": 3', '"seed": 4'))
     assert improvement.main([str(made), "--out", str(kept)]) == 2  # it holds a run more
-    assert kept.read_text() == before and "1 runs that are not in" in capsys.readouterr().err
+    assert (
+        kept.read_text() == before
+        and "1 other runs, such as jedi_atari Krull 4" in capsys.readouterr().err
+    )
     (tmp_path / "readme.md").write_text("mine")
     assert improvement.main([str(made), "--out", str(tmp_path / "readme.jsonl")]) == 2
     assert "readme.md is there already" in capsys.readouterr().err
