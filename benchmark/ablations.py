@@ -86,10 +86,10 @@ GAMES = {
 # What the picture shows: game, measure, what it means, and which direction is better.
 PANELS = (
     ("Catch", "reward 3", "P(true reward),\n3 steps ahead", "higher"),
-    ("Catch", "pixels 3", "picture error / last frame's,\n3 steps ahead", "lower"),
+    ("Catch", "pixels 3", "error of the picture /\nof the last one, 3 steps ahead", "lower"),
     ("Catch", "return", "return,\nmean of 100 games", "higher"),
     ("Pong", "reward 3", "P(true reward),\n3 steps ahead", "higher"),
-    ("Pong", "pixels 3", "picture error / last frame's,\n3 steps ahead", "lower"),
+    ("Pong", "pixels 3", "error of the picture /\nof the last one, 3 steps ahead", "lower"),
 )
 
 
@@ -353,7 +353,7 @@ def draw(rows: list[dict]):
     names = list(by_variant(drawn, "std"))
     size = (3 + 2.1 * len(panels), 1.9 + 0.28 * len(names))
     n = max(sum(r["variant"] == name for r in drawn if r["game"] == panels[0][0]) for name in names)
-    title = f"One change a row. Dot: one seed (n = {n}); bar: their range; dashed: mean of '{UNCHANGED}'"
+    title = f"One change a row. Dot: one seed (n = {n}); bar: their range, no interval; dashed: mean of '{UNCHANGED}'"
     figure, (axes,) = common.new_figure(title, 1, len(panels), size, sharey=True)
     for ax, (game, measure, meaning, better) in zip(axes, panels, strict=False):
         values = by_variant([row for row in rows if row["game"] == game], measure)

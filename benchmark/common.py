@@ -173,7 +173,8 @@ def new_figure(title: str, rows: int, columns: int, size: tuple, **options):
 
     look = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
     sides = {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "report"}
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is a $
+    # A $ in a name is a $; a bar ends where its interval does, not half its width later.
+    matplotlib.rcParams.update({"text.parse_math": False, "lines.solid_capstyle": "butt"})
     with matplotlib.rc_context(look | sides):
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title, fontsize=9.5)

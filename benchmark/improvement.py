@@ -21,6 +21,12 @@ import numpy as np
 import runs
 from runs import GAMES, Run, interval
 
+NOTE = """
+Games: of random play, of the trained agent. Better for certain: the two intervals do not touch; that is of this one
+trained policy, not of the method. Human-normalised: 0 is the published score of random play, not the run's own, 1 a
+person's; "cut": some games ended at the step limit, so there is none.
+"""
+
 
 def improved(trained: list[float], chance: list[float]) -> bool:
     """Whether the whole interval of the one lies above that of the other."""
@@ -97,7 +103,7 @@ def improvement(source: Path, out: Path | None) -> None:
     for run in found:
         groups.setdefault(run.result["script"], []).append(run)
     beside = out or (source / "improvement" if source.is_dir() else source)
-    common.write_up(beside, text, lambda: runs.draw_learning_curves(groups))
+    common.write_up(beside, text + NOTE, lambda: runs.draw_learning_curves(groups))
 
 
 def main(argv: list[str] | None = None) -> int:

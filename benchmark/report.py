@@ -3,16 +3,14 @@
     python benchmark/report.py runs --out report              # every result.json below runs/
     python benchmark/report.py small=runs/a large=runs/b --out report    # two settings, named
     python benchmark/report.py --published --out results/published       # the published scores alone
-    python benchmark/report.py runs --out report --formats csv svg       # raw tables and vector pictures as well
 
-Needs benchmark/requirements.txt. A report is a folder: report.md shows everything, the pictures are PNG, and
-aggregates.json is for programs. A file of runs (`improvement.py --out`) stands for a folder as well.
+Needs benchmark/requirements.txt. A report is a folder: report.md, its pictures, and aggregates.json for programs. A file
+of runs (`improvement.py --out`) stands for a folder as well.
 
 The score of a run is the mean return of its final evaluation. Human-normalised: (score - random) / (human - random).
 Mean, median, interquartile mean (IQM), optimality gap and their 95% stratified bootstrap intervals are rliable's
 (Agarwal et al. 2021, arXiv 2108.13264). Games at or above human and Har-HNS, the harmonic mean of the JEDI paper (arXiv
-2605.13013), are of each game's mean over runs. All of it also for the Agent-Optimal and the Human-Optimal games apart
-(arXiv 2505.19698), and over the games that an own agent has, where these are fewer.
+2605.13013), are of each game's mean over runs. Agent-Optimal and Human-Optimal games: arXiv 2505.19698.
 """
 
 import argparse
@@ -38,6 +36,7 @@ SUBSETS: dict[str, list[str]] = {
     "human_optimal": [game for game in GAMES if game not in AGENT_OPTIMAL],
 }
 METRICS = {"mean": "Mean", "median": "Median", "iqm": "IQM", "optimality_gap": "Optimality gap"}
+BUDGET = 100_000  # environment steps of 4 frames
 HARMONIC_OFFSET = 0.1  # keeps Har-HNS finite where an agent plays like chance (arXiv 2605.13013)
 TITLE, HUMAN = "# Atari 100k report", "human-normalised score (1 is human)"
 PUBLISHED_LOOKS = (
@@ -95,8 +94,7 @@ def published_agents() -> list[Agent]:
             values = ", ".join(f"{game} {value:g}" for game, value in other["scores"].items())
             notes.append(f"Printed otherwise in {other['where']}: {values}.")
         arrays = {game: np.array(values, dtype=float) for game, values in scores.items()}
-        printed = entry.get("printed_aggregates", {})
-        main, means = name in PUBLISHED["main"], "means" in entry
+        main, means, printed = name in PUBLISHED["main"], "means" in entry, entry.get("printed", {})
         mark = "" if scores else ", second-hand"
         agents.append(Agent(name, arrays, False, main, means, tuple(notes), printed, mark))
     return agents
@@ -109,7 +107,7 @@ def of_atari_100k(run: Run) -> None:
         raise BadInput(f"{run.where} is of {run.result['env_id']!r}, not of Atari 100k: {hint}")
 
 
-def load_groups(words: list[str]) -> dict[str, list[Run]]:
+def load_groups(words: list[str], left_out: list[str] | None = None) -> dict[str, list[Run]]:
     """Agent -> its runs, from words `FOLDER` or `NAME=FOLDER`. The two scripts are two agents."""
     groups: dict[str, list[Run]] = {}
     for word in words:
@@ -118,13 +116,12 @@ def load_groups(words: list[str]) -> dict[str, list[Run]]:
             name, folder = "", word
         elif not name.isprintable() or name[:1] in ("", "_") or not folder:
             raise BadInput(f"{word!r} is neither a folder nor NAME=FOLDER")
-        found = runs.find_runs(Path(folder), of_atari_100k)
+        found = runs.find_runs(Path(folder), of_atari_100k, left_out)
         scripts = sorted({run.result["script"] for run in found})
         for script in scripts:
             label = script if not name else name if len(scripts) == 1 else f"{name} ({script})"
             if label in groups or label in PUBLISHED["agents"]:
-                how = "name the folders: NAME1=FOLDER1 NAME2=FOLDER2"
-                raise BadInput(f"two agents would be called {label!r}; {how}")
+                raise BadInput(f"two agents are called {label!r}; name them by NAME=FOLDER")
             groups[label] = [run for run in found if run.result["script"] == script]
     return groups
 
@@ -140,8 +137,11 @@ def measured_agents(groups: dict[str, list[Run]]) -> list[Agent]:
             limit = of[0].result["args"]["max_episode_steps"]
             notes.append(f"Not whole games, cut at {limit:,} steps: {', '.join(cut)}.")
         arrays = {game: np.array(values) for game, values in scores.items() if values}
-        options = dict(notes=tuple(notes), mark=", games cut" * bool(cut))
-        agents.append(Agent(name, arrays, measured=True, main=True, **options))
+        steps = sorted({run.result["env_steps"] for run in of})
+        if steps != [BUDGET]:
+            notes.append(f"{steps[-1]:,} steps a run; the published agents had {BUDGET:,}.")
+        mark = f", {steps[-1] / 1000:.0f}k steps" * (steps != [BUDGET]) + ", games cut" * bool(cut)
+        agents.append(Agent(name, arrays, True, True, notes=tuple(notes), mark=mark))
     return agents
 
 
@@ -158,8 +158,7 @@ def estimate(columns: list[np.ndarray], function: Callable, reps: int, seed: int
     """`function` of the (runs, games) matrix of scores, and its 95% stratified bootstrap interval (2, outputs) or None.
 
     Runs are drawn anew within each game. No interval where a game has one run: it would hide that game's spread.
-    rliable ignores its own `random_state`, so NumPy's global generator is seeded, and put back.
-    """
+    rliable ignores its own `random_state`, so NumPy's global generator is seeded, and put back."""
     from rliable import library
 
     columns = [np.asarray(column)[:, None] for column in columns]
@@ -221,9 +220,10 @@ def subsets_of(agents: list[Agent]) -> dict[str, list[str]]:
 
 
 def title_of(subset: str, games: list[str]) -> str:
-    kinds = {"agent_optimal": "Agent-Optimal games", "human_optimal": "Human-Optimal games"}
-    what = f"{len(games)} {kinds.get(subset, 'games' if subset == 'all' else subset)}"
-    return f"all {what}" if subset == "all" else what
+    kinds = {"all": "games, all", "agent_optimal": "Agent-Optimal games"}
+    if subset in SUBSETS:
+        return f"{len(games)} {kinds.get(subset, 'Human-Optimal games')}"
+    return f"{len(games)} of {len(GAMES)} games: those of {subset.removeprefix('games of ')}"
 
 
 # --- tables
@@ -256,11 +256,12 @@ def score_table(agents: list[Agent], frame) -> str:
             known = GAMES[game]
             row = [game, known["actions"], number(known["random"]), number(known["human"])]
             for agent in agents:
-                cell = cells.loc[game, agent.name] if game in agent.scores else None
-                spread = agent.measured and cell is not None and not math.isnan(cell["std"])
                 shown = "not run" if agent.measured else "–"
-                shown = shown if cell is None else number(cell["mean"])
-                row.append(shown + f" ± {number(cell['std'])}" if spread else shown)
+                if game in agent.scores:
+                    cell = cells.loc[game, agent.name]
+                    spread = agent.measured and not math.isnan(cell["std"])
+                    shown = number(cell["mean"]) + f" ± {number(cell['std'])}" * spread
+                row.append(shown)
             rows.append(row)
     return markdown(["Game", "Actions", "Random", "Human", *(a.label for a in agents)], rows)
 
@@ -272,12 +273,12 @@ def runs_frame(groups: dict[str, list[Run]]):
     rows = []
     for agent, of in groups.items():
         for run in sorted(of, key=lambda run: (run.game, run.result["seed"])):
-            r = run.result
+            r, memory = run.result, run.result.get("peak_memory_bytes")
             row = dict(agent=agent, game=run.game, seed=r["seed"], mean_return=r["mean_return"])
             row |= dict(games=len(r["returns"]), steps=r["env_steps"])
-            row |= {"time": common.clock(r["wall_seconds"])}
-            memory = r.get("peak_memory_bytes")
-            row["memory (GiB)"] = memory and round(memory / 2**30, 2)
+            row |= dict(
+                time=common.clock(r["wall_seconds"]), GiB=memory and round(memory / 2**30, 2)
+            )
             row |= {key: str(r.get(key) or "–") for key in ("device", "precision", "preset")}
             rows.append(row | dict(script=run.script and run.script[:7], where=run.where))
     return pd.DataFrame(rows)
@@ -319,33 +320,32 @@ def notes_of(agents: list[Agent]) -> str:
     return "".join(f"- {agent.name}: {' '.join(agent.notes)}\n" for agent in agents)
 
 
-def report_text(agents: list[Agent], aggregates: dict, frames: dict, drawn: set, reps: int) -> str:
+def report_text(agents, aggregates, frames: dict, drawn: set, left_out: list, reps: int) -> str:
     """report.md."""
-    own = ", ".join(a.label for a in agents if a.measured)
+    own = ", ".join(a.label for a in agents if a.measured) or "nothing, published scores alone"
     a100, rule = PUBLISHED["a100_hours"], PUBLISHED["agent_optimal"]
     hours = ", ".join(f"{k} {v}" for k, v in a100.items() if k != "where")
 
     def picture(name: str) -> str:
         return f"![{name.replace('_', ' ')}]({name}.png)\n" if name in drawn else ""
 
-    parts = [f"{TITLE}\n", f"Measured: {own or 'nothing, published scores alone'}.\n"]
+    parts = [f"{TITLE}\n", f"Measured: {own}.\n"]
     if "runs" in frames:
         frame = frames["runs"].drop(columns="where").astype(object)
         frame = frame.where(frame.notna(), "–")
         parts += ["## Runs\n", picture("learning_curves"), markdown(frame.columns, frame.values)]
-        about = "runs. `script`: the hash of the copy in the run folder, as by `git hash-object`"
-        parts.append(f"{len(frame)} {about}. Memory: the peak.\n")
+        parts.append(f"{len(frame)} runs. `script`: by `git hash-object`. GiB: the peak.\n")
+        parts += [f"Left out: {reason}\n" for reason in left_out]
     parts += [
         "## Aggregates\n",
         f"Human-normalised; in brackets the 95% interval of a stratified bootstrap over runs ({reps:,} draws), "
-        "none where a game has one run or single runs are not known (–). Lower is better for the optimality gap. "
-        "A set of games has the agents that played all of them.\n",
+        "none where a game has one run or single runs are not known (Runs: –; then all is of game means). Lower is "
+        "better for the optimality gap. A table has the agents that played all of its games.\n",
         picture("aggregates"),
         picture("performance_profiles"),
     ]
     for subset, games in subsets_of(agents).items():
-        heading = title_of(subset, games)
-        parts += [f"### {heading[0].upper() + heading[1:]}\n", f"{', '.join(games)}.\n"]
+        parts += [f"### {title_of(subset, games)}\n", f"{', '.join(games)}.\n"]
         parts.append(aggregate_table(agents, aggregates, subset))
     parts.append(f"A100-hours a run: {hours} ({a100['where']}).\n")
     rows = []
@@ -355,7 +355,7 @@ def report_text(agents: list[Agent], aggregates: dict, frames: dict, drawn: set,
     parts += [
         "## Asymmetry\n",
         f"Agent-Optimal are the games on which the mean human-normalised score of {', '.join(rule['agents'])} in "
-        f"{PUBLISHED['diamond_table1']['source']} is above {rule['threshold']}. A ratio of 1: no asymmetry.\n",
+        f"{PUBLISHED['diamond_table1']['source']} is above {rule['threshold']}. A ratio of 1: no asymmetry. Agents with games of one kind only are not here.\n",
         picture("asymmetry"),
         markdown(["Agent", "Mean, Agent-Optimal", "Mean, Human-Optimal", "Ratio"], rows),
         "## Scores\n",
@@ -401,19 +401,19 @@ def draw_games(agents: list[Agent]):
     figure, ((*axes,),) = new_figure(title, 1, 2, (11, 7), sharex=True)
     for axis, subset in zip(axes, ("agent_optimal", "human_optimal"), strict=True):
         games = SUBSETS[subset][::-1]
+        for row in range(0, len(games), 2):
+            axis.axhspan(row - 0.5, row + 0.5, color="0.95", zorder=0)
         for i, agent in enumerate(shown):
             colour, marker, _ = style[agent.name]
             offset = 0.35 - 0.7 * i / max(1, len(shown) - 1)  # equal scores do not hide each other
             for game in agent.present(games):
                 row, hns, wide = games.index(game) + offset, agent.hns(game), 1 + 2 * agent.measured
                 axis.plot([hns.min(), hns.max()], [row, row], color=colour, lw=wide, alpha=0.4)
-                size = 9 if agent.measured else 4.5
-                axis.plot(hns.mean(), row, color=colour, marker=marker, markersize=size)
+                axis.plot(hns.mean(), row, marker, color=colour, markersize=3 + 2 * wide)
             axis.plot([], [], marker, color=colour, label=agent.label)
         axis.axvline(1, color="black", linewidth=1, zorder=1)
-        names = [f"{game} ({GAMES[game]['actions']})" for game in games]
         axis.set(title=title_of(subset, games), xlabel=HUMAN)
-        axis.set_yticks(range(len(games)), labels=names)
+        axis.set_yticks(range(len(games)), labels=[f"{g} ({GAMES[g]['actions']})" for g in games])
     hns_scale(axes[0], "x", [x for a in shown for game in a.scores for x in a.hns(game)])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
@@ -427,17 +427,16 @@ def draw_action_sets(agents: list[Agent]):
     figure, ((axis,),) = new_figure(title, 1, 1, (12, 5))
     for i, agent in enumerate(shown):
         colour, marker, _ = style[agent.name]
-        for x, size in enumerate(sizes):
-            hns = agent.mean_hns(game for game in agent.scores if GAMES[game]["actions"] == size)
+        for x, actions in enumerate(sizes):
+            hns = agent.mean_hns(g for g in agent.scores if GAMES[g]["actions"] == actions)
             at, width = x + (i - (len(shown) - 1) / 2) * 0.8 / len(shown), 0.3 / len(shown)
-            axis.plot([at] * len(hns), hns, marker, color=colour, markersize=4.5, alpha=0.75)
+            axis.plot([at] * len(hns), hns, marker, color=colour, markersize=5 + 4 * agent.measured)
             if len(hns) > 1:
                 axis.plot([at - width, at + width], [hns.mean()] * 2, color=colour, linewidth=3)
         axis.plot([], [], marker, color=colour, label=agent.label)
     hns_scale(axis, "y", [x for a in shown for x in a.mean_hns(a.scores)])
     axis.axhline(1, color="black", linewidth=1, zorder=0)
-    counts = [sum(game["actions"] == size for game in GAMES.values()) for size in sizes]
-    names = [f"{size}\n(games: {n})" for size, n in zip(sizes, counts, strict=True)]
+    names = [f"{n}\n(games: {sum(g['actions'] == n for g in GAMES.values())})" for n in sizes]
     axis.set_xticks(range(len(sizes)), labels=names)
     axis.set(xlabel="size of the action set", ylabel=HUMAN)
     figure.legend(loc="outside lower center", ncols=4)
@@ -449,9 +448,9 @@ def draw_aggregates(agents: list[Agent], aggregates: dict):
     rows = {}
     for subset in (s for s in subsets_of(agents) if s not in ("agent_optimal", "human_optimal")):
         having = [a for a in agents if not aggregates[a.name][subset]["missing"]]
-        rows[subset] = sorted(having, key=lambda a, s=subset: aggregates[a.name][s]["iqm"])
+        rows[subset] = sorted(having, key=lambda a, s=subset: aggregates[a.name][s]["mean"])
     heights = [len(shown) + 3 for shown in rows.values()]
-    title = "Human-normalised aggregates. Bar: 95% bootstrap interval; dot: means only, one run or second-hand: no interval"
+    title = "Human-normalised aggregates. Bar: 95% bootstrap interval. Circle: none, of game means, one run or second-hand (IQM: of the means)"
     size = (12, 0.6 + 0.23 * sum(heights))
     figure, panels = new_figure(title, len(rows), 4, size, height_ratios=heights)
     for line, (subset, shown) in zip(panels, rows.items(), strict=True):
@@ -465,7 +464,8 @@ def draw_aggregates(agents: list[Agent], aggregates: dict):
                 if ends is not None:
                     axis.plot(ends, [y, y], color=colour, linewidth=5, alpha=0.4)
                 if at is not None:
-                    axis.plot(at, y, color=colour, marker="|" if ends else "o", markersize=6)
+                    mark = dict(marker="|" if ends else "o", markersize=6, markerfacecolor="white")
+                    axis.plot(at, y, color=colour, **mark)
             better = "lower" if metric == "optimality_gap" else "higher"
             games = subsets_of(agents)[subset]
             axis.set_title(f"{name}, {better} is better\n{title_of(subset, games)}", fontsize=8.5)
@@ -477,7 +477,7 @@ def draw_aggregates(agents: list[Agent], aggregates: dict):
 def draw_asymmetry(agents: list[Agent]):
     """Mean HNS on Agent-Optimal and on Human-Optimal games, joined, with their ratio."""
     found = asymmetry(agents)[::-1]
-    title = "Performance asymmetry: mean score on Agent-Optimal and Human-Optimal games, and their ratio (1: none)"
+    title = "Performance asymmetry: mean score on Agent-Optimal and Human-Optimal games, and (right) their ratio"
     figure, ((axis,),) = new_figure(title, 1, 1, (9, 1.4 + 0.28 * len(found)))
     for y, (_, high, low) in enumerate(found):
         axis.plot([low, high], [y, y], color="#999999", linewidth=2, zorder=1)
@@ -504,7 +504,7 @@ def draw_profiles(agents: list[Agent], reps: int, seed: int):
         return (scores[None] > thresholds[:, None, None]).mean((1, 2))
 
     rows = math.ceil(len(subsets) / 3)
-    title = "Performance profiles: share of runs above a score, higher is better. Band: 95% bootstrap interval"
+    title = "Performance profiles: share of runs above a score, higher is better. Band: 95% bootstrap interval, none where a game has one run"
     figure, axes = new_figure(title, rows, 3, (13, 0.8 + 3.6 * rows), sharey=True)
     for axis, (subset, games) in zip(axes.flat, subsets.items(), strict=False):
         for agent in (a for a in agents if a.main and not a.means_only):
@@ -539,18 +539,18 @@ def check_out(out: Path) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Make everything, then write it; a picture that fails is said in one line, and costs no number."""
+    """Make everything, then write it."""
     if bool(options.results) == options.published:
         raise BadInput("give folders of results or --published, one of the two; see --help")
-    if options.reps < 2 or not 0 <= options.seed < 2**32:
-        raise BadInput("--reps must be at least 2, --seed between 0 and 4294967295")
+    if options.reps < 2:
+        raise BadInput(f"--reps is {options.reps}; it must be at least 2")
     try:
         import rliable.library  # noqa: F401
     except (ImportError, TypeError) as error:  # TypeError: rliable 1.2.0 with pandas 3
         raise BadInput(f"{error}; pip install -r benchmark/requirements.txt") from None
     check_out(out := options.out)
-    groups = load_groups(options.results)
-    agents, draws = published_agents() + measured_agents(groups), (options.reps, options.seed)
+    groups = load_groups(options.results, left_out := [])
+    agents, draws = published_agents() + measured_agents(groups), (options.reps, 0)
     subsets = subsets_of(agents)
     aggregates = {a.name: {s: aggregate(a, g, *draws) for s, g in subsets.items()} for a in agents}
     frames, pictures, formats = {"scores": scores_frame(agents)}, {}, options.formats
@@ -564,9 +564,9 @@ def report(options: argparse.Namespace) -> None:
         "asymmetry": (draw_asymmetry, agents),
         "action_sets": (draw_action_sets, agents),
     }
-    files = {"aggregates.json": json.dumps(aggregates, indent=1, allow_nan=False) + "\n"}
-    files |= {f"{k}.csv": f.to_csv(index=False) for k, f in frames.items() if "csv" in formats}
-    files = {name: text.encode() for name, text in files.items()}
+    files = {"aggregates.json": (json.dumps(aggregates, indent=1, allow_nan=False) + "\n").encode()}
+    for name, frame in frames.items() if "csv" in formats else ():
+        files[f"{name}.csv"] = frame.to_csv(index=False).encode()
     for name, (draw, *given) in pictures.items():
         with common.drawing(out / f"{name}.png"):
             files[f"{name}.png"] = common.png(figure := draw(*given))
@@ -574,7 +574,8 @@ def report(options: argparse.Namespace) -> None:
                 figure.savefig(svg := io.BytesIO(), format="svg", metadata={"Date": None})
                 files[f"{name}.svg"] = svg.getvalue()
     drawn = {name for name in pictures if f"{name}.png" in files}
-    files["report.md"] = report_text(agents, aggregates, frames, drawn, options.reps).encode()
+    text = report_text(agents, aggregates, frames, drawn, left_out, options.reps)
+    files["report.md"] = text.encode()
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         common.write(out / name, content)
@@ -592,7 +593,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--published", action="store_true", help="report the published scores alone")
     add("--formats", nargs="+", choices=["csv", "svg"], default=[], help="write these as well")
     add("--reps", type=int, default=2000, help="bootstrap draws (2000)")
-    add("--seed", type=int, default=0, help="seed of the bootstrap (0)")
     return common.run("report.py", report, parser.parse_args(argv))
 
 

@@ -175,9 +175,11 @@ def run_of_line(row: dict, where: str) -> Run:
     return Run(where, result, evaluations(logged, f"{where}, metrics"), script)
 
 
-def find_runs(source: Path, fits: Callable = lambda run: None) -> list[Run]:
+def find_runs(
+    source: Path, fits: Callable = lambda run: None, left_out: list[str] | None = None
+) -> list[Run]:
     """All runs below a folder or in a file, of one setting. What is left out, because it is no whole run or because
-    `fits(run)` raises `BadInput`, is said in a line. Raises `BadInput` if nothing is left, or if they do not belong
+    `fits(run)` raises `BadInput`, is said in a line, and added to `left_out`. Raises `BadInput` if nothing is left, or if they do not belong
     together: one agent is one method, so its runs differ in game, seed and machine only, and a seed counts once."""
     if not source.exists():
         raise BadInput(f"{source} is not there; give a folder that holds run folders")
@@ -213,6 +215,8 @@ def find_runs(source: Path, fits: Callable = lambda run: None) -> list[Run]:
         reason = without[0] if without else "it holds no result.json"
         raise BadInput(f"nothing to report in {source}: {reason}{more}")
     print("".join(f"left out: {line}\n" for line in without), end="", file=sys.stderr)
+    if left_out is not None:
+        left_out += without
     return list(found.values())
 
 
@@ -241,7 +245,8 @@ def interval(returns: Iterable[float], draws: int = 10_000) -> tuple[float, floa
 def mean_and_range(curves: list[np.ndarray]) -> tuple[np.ndarray, ...]:
     """Steps, mean, lowest and highest value over runs, interpolated, where all runs have values."""
     low, high = max(curve[0, 0] for curve in curves), min(curve[-1, 0] for curve in curves)
-    steps = np.linspace(low, high, 100)
+    steps = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+    steps = steps[(steps >= low) & (steps <= high)]
     values = np.array([np.interp(steps, curve[:, 0], curve[:, 1]) for curve in curves])
     return steps, values.mean(0), values.min(0), values.max(0)
 
@@ -252,20 +257,22 @@ def draw_learning_curves(groups: dict[str, list[Run]]):
     columns = min(4, len(games))
     rows = math.ceil(len(games) / columns)
     figure, axes = common.new_figure(
-        "Return in evaluations, higher is better. Line and band: mean and range over n runs. Dot: one evaluation, with "
-        "its interval if logged.\nLarge mark: the games at the end; hatched: random play by the same rules; both "
-        "with 95% interval. Dashed: human, where in reach.",
+        "Return in evaluations, higher is better. Dot: one evaluation; large mark: a run's games at the end, with 95% "
+        "interval. Line and band: mean and\nrange over n runs, ending in the games at the end. Dotted and hatched: random "
+        "play by the same rules, with 95% interval. Dashed: human, where in reach; cut: not whole games.",
         rows, columns, (max(8.5, 3.2 * columns), 1.5 + 2.3 * rows),
     )  # fmt: skip
     for axis, game in zip(axes.flat, games, strict=False):
         counts, known = [], GAMES.get(game)
+        if any(run.cut for runs in groups.values() for run in runs if run.game == game):
+            known = None  # the score of a person is that of whole games
         for (name, runs), look in zip(groups.items(), LOOKS * len(groups), strict=False):
             of = [run for run in runs if run.game == game]
             draw_runs(axis, of, look, name if axis is axes.flat[0] else None)
             counts.append(str(len(of)))
         if known and known["human"] <= axis.get_ylim()[1]:  # beyond, it would flatten the curves
             axis.axhline(known["human"], color="black", linestyle="--", linewidth=1)
-        note = f", human {known['human']:,.0f}" if known else ""
+        note = f", human {known['human']:,.0f}" if known else ", cut" if game in GAMES else ""
         axis.set_title(f"{game} (n={', '.join(counts)}{note})")
         axis.set_xlabel("environment steps")
         axis.ticklabel_format(style="plain", axis="x")
@@ -284,7 +291,7 @@ def draw_runs(axis, runs: list[Run], look: tuple, label: str | None) -> None:
     axis.plot([], [], color=colour, marker=marker, linestyle=dashes, label=label)
     for run in runs:
         during, (steps, score, _) = run.curve[:-1], run.curve[-1]
-        axis.errorbar(*during.T, color=colour, fmt=".", markersize=3, alpha=0.4)
+        axis.errorbar(*during.T, color=colour, fmt=".-", markersize=4, linewidth=0.6, alpha=0.4)
         error = np.abs(np.array(interval(run.result["returns"])) - score)[:, None]
         axis.errorbar(steps, score, error, color=colour, fmt=marker, markersize=7, capsize=3)
     if runs:
@@ -294,3 +301,4 @@ def draw_runs(axis, runs: list[Run], look: tuple, label: str | None) -> None:
     if chance := [x for run in runs for x in run.result.get("returns_random") or []]:
         hatched = dict(facecolor="none", edgecolor=colour, hatch="////", alpha=0.35, linewidth=0)
         axis.axhspan(*interval(chance), **hatched)
+        axis.axhline(np.mean(chance), color=colour, linestyle=":", linewidth=1)

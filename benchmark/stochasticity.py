@@ -195,8 +195,8 @@ def draw(rows: list[dict]):
     rows = [row for row in rows if row["chance"] == "stochastic"]
     games = list(dict.fromkeys(row["game"] for row in rows))
     figure, axes = common.new_figure(
-        "Is the model as unsure as the game is random? A dot is a saved state: the standard deviation of the next\n"
-        f"latent ({len(rows[0]['spread_true'])} states a game, 1 model each). On the line the model is right.",
+        "Is the model as unsure as the stochastic game is random? A dot is a saved state: the standard deviation of the next\n"
+        f"latent ({len(rows[0]['spread_true'])} states a game, 1 model each). On the line the spread is right.",
         len(games), len(SHOWN), (3.1 * len(SHOWN), 3.5 * len(games) + 0.5),
     )  # fmt: skip
     for game, line in zip(games, axes, strict=True):

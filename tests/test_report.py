@@ -37,7 +37,7 @@ def result(game: str, seed: int, **changes) -> dict:
     draws = np.random.default_rng([seed, GAMES.index(game)]).lognormal(-0.7, 0.8, 5)
     returns = [float(low + (high - low) * x) for x in draws]
     args = {"env_id": game, "seed": seed, "final_episodes": 5, "eval_episodes": 4, "batch_size": 32}
-    content = dict(env_id=game, script="jedi_atari", seed=seed, env_steps=1000, returns=returns)
+    content = dict(env_id=game, script="jedi_atari", seed=seed, env_steps=100_000, returns=returns)
     content |= dict(mean_return=float(np.mean(returns)), wall_seconds=5400.0, args=args)
     return content | dict(peak_memory_bytes=3 * 2**30, device="cpu", preset="paper") | changes
 
@@ -262,6 +262,7 @@ def test_aggregates_of_own_runs(whole):
 def test_report_shows_what_was_run(whole, capsys):
     text = (whole / "out/report.md").read_text()
     assert "full (n=2), few (n=1-2, 3 of 26 games)" in text and str(whole / "out") not in text
+    assert "Pong__7 is of 'toys:Catch-v0', not of Atari 100k" in text
     lines = text.splitlines()
     row = next(line for line in lines if line.startswith("| Pong | 6 |")).split(" | ")
     values = scores("Pong", 2)
@@ -299,6 +300,10 @@ def test_own_runs_are_in_every_picture(whole):
 
     for figure in figures:
         assert "few (n=1-2, 3 of 26 games)" in words(figure)
+        lines = [line for axis in figure.axes for line in axis.lines]
+        assert {line.get_solid_capstyle() for line in lines} == {
+            "butt"
+        }  # no longer than its interval
     curves = runs.draw_learning_curves(groups)
     assert {"few", "Alien (n=1, human 7,128)", "Pong (n=2, human 15)"} <= words(curves)
 
@@ -357,7 +362,7 @@ def test_real_run_folder_is_understood(tmp_path, micro):
     git = ["git", "hash-object", str(ROOT / "jedi_atari.py")]
     assert run.script == subprocess.run(git, capture_output=True, text=True).stdout.strip()
     (agent,) = report.measured_agents(report.load_groups([str(tmp_path)]))
-    assert agent.label == "jedi_atari, games cut (n=1, 1 of 26 games)"
+    assert agent.label == "jedi_atari, 0k steps, games cut (n=1, 1 of 26 games)"
     assert agent.scores["Freeway"] == [np.mean(trained["returns"])]
     known = {field.name for field in jedi.dataclasses.fields(jedi.Args)}
     assert known | {"environment"} == runs.NOT_SETTINGS | set(run.settings)
