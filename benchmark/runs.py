@@ -257,10 +257,10 @@ def draw_learning_curves(groups: dict[str, list[Run]]):
     columns = min(4, len(games))
     rows = math.ceil(len(games) / columns)
     figure, axes = common.new_figure(
-        "Return in evaluations, higher is better. Dot: one evaluation; large mark: a run's games at the end, with 95% "
-        "interval. Line and band: mean and\nrange over n runs, ending in the games at the end. Dotted and hatched: random "
+        "Return in evaluations, higher is better. Dot: one evaluation; large mark: a run's games at the end, with 95%\n"
+        "interval. Line and band: mean and range over n runs, ending in the games at the end. Dotted, hatched: random\n"
         "play by the same rules, with 95% interval. Dashed: human, where in reach; cut: not whole games.",
-        rows, columns, (max(8.5, 3.2 * columns), 1.5 + 2.3 * rows),
+        rows, columns, (max(8.5, 3.2 * columns), 1.7 + 2.3 * rows),
     )  # fmt: skip
     for axis, game in zip(axes.flat, games, strict=False):
         counts, known = [], GAMES.get(game)
