@@ -224,10 +224,11 @@ def replaced(owner: object, **values):
             setattr(owner, name, value)
 
 
-def play(script: ModuleType, agent, args, seed: int, steps: int):
-    """A `ReplayBuffer` of `steps` steps that an agent of this script plays, without exploration."""
+def play(script: ModuleType, agent, args, seed: int, steps: int, device=None):
+    """A `ReplayBuffer` of `steps` steps that an agent of this script plays, without exploration; random play, on
+    `device`, without an agent."""
     collector = script.Collector(dataclasses.replace(args, seed=seed, epsilon=0.0))
-    replay = script.ReplayBuffer(2 * steps, agent.norm.mean.device)
+    replay = script.ReplayBuffer(2 * steps, agent.norm.mean.device if agent else device)
     for _ in range(steps):
         collector.step(agent, replay)
     collector.env.close()

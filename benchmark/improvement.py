@@ -34,10 +34,10 @@ def improved(trained: list[float], chance: list[float]) -> bool:
 
 
 def human_normalised(run: Run) -> str:
-    """(score - random) / (human - random) by the published scores, as text."""
-    if (game := GAMES.get(run.game)) is None or run.cut:
-        return "cut" if game else "-"
-    return f"{(run.result['mean_return'] - game['random']) / (game['human'] - game['random']):.2f}"
+    """The human-normalised score as text, where there is one."""
+    if run.game not in GAMES or run.cut:
+        return "cut" if run.game in GAMES else "-"
+    return f"{runs.human_normalised(run.game, run.result['mean_return']):.2f}"
 
 
 def with_interval(returns: list[float]) -> str:

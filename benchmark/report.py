@@ -73,8 +73,7 @@ class Agent:
 
     def hns(self, game: str) -> np.ndarray:
         """Human-normalised scores of the runs of a game."""
-        low, high = GAMES[game]["random"], GAMES[game]["human"]
-        return (self.scores[game] - low) / (high - low)
+        return runs.human_normalised(game, self.scores[game])
 
     def mean_hns(self, games: Iterable[str]) -> np.ndarray:
         """Mean over runs, per game."""
@@ -445,8 +444,8 @@ def draw_action_sets(agents: list[Agent]):
 
 def draw_aggregates(agents: list[Agent], aggregates: dict):
     """Panels for all games, and for those of an own agent where they are fewer; a line per agent that has them."""
-    rows = {}
-    for subset in (s for s in subsets_of(agents) if s not in ("agent_optimal", "human_optimal")):
+    rows, subsets = {}, subsets_of(agents)
+    for subset in (s for s in subsets if s not in ("agent_optimal", "human_optimal")):
         having = [a for a in agents if not aggregates[a.name][subset]["missing"]]
         rows[subset] = sorted(having, key=lambda a, s=subset: aggregates[a.name][s]["mean"])
     heights = [len(shown) + 3 for shown in rows.values()]
@@ -467,8 +466,8 @@ def draw_aggregates(agents: list[Agent], aggregates: dict):
                     mark = dict(marker="|" if ends else "o", markersize=6, markerfacecolor="white")
                     axis.plot(at, y, color=colour, **mark)
             better = "lower" if metric == "optimality_gap" else "higher"
-            games = subsets_of(agents)[subset]
-            axis.set_title(f"{name}, {better} is better\n{title_of(subset, games)}", fontsize=8.5)
+            title = f"{name}, {better} is better\n{title_of(subset, subsets[subset])}"
+            axis.set_title(title, fontsize=8.5)
             labels = [agent.label if axis is line[0] else "" for agent in shown]
             axis.set_yticks(range(len(shown)), labels=labels)
     return figure

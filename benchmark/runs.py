@@ -75,6 +75,12 @@ class Run:
         return np.array(rows) * (1, 1, 1.96 / math.sqrt(games - 1) if games > 1 else math.nan)
 
 
+def human_normalised(game: str, scores):
+    """(score - random) / (human - random) by the published scores, of a number or an array."""
+    low, high = GAMES[game]["random"], GAMES[game]["human"]
+    return (scores - low) / (high - low)
+
+
 # --- reading
 
 

@@ -62,12 +62,7 @@ class Timing(NamedTuple):
 
 def make_replay(args: jedi.Args, device: torch.device) -> jedi.ReplayBuffer:
     """Random play, the same for both sides."""
-    collector = jedi.Collector(args)
-    replay = jedi.ReplayBuffer(2 * RECORDS, device)
-    for _ in range(RECORDS):
-        collector.step(None, replay)
-    collector.env.close()
-    return replay
+    return common.play(jedi, None, args, args.seed, RECORDS, device)
 
 
 def make_agent(name: str, args: jedi.Args, device: torch.device) -> torch.nn.Module:

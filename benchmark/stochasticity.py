@@ -161,7 +161,7 @@ def spread(agent: jedi.Agent, moments: list[Situation], args: jedi.Args) -> dict
 
 def measure(game: str, chance: str, options: argparse.Namespace) -> list[dict]:
     """All settings on one game, a row each."""
-    begun, rows = time.monotonic(), []
+    begun, rows, about = time.monotonic(), [], common.about("stochasticity.py")
     args = jedi.Args(**common.NARROW | CHANCE[chance], env_id=game, compile=False)
     agent, loss = train_world_model(args, options.updates, options.steps)
     heldout = common.play(jedi, agent, args, 1_000 + args.seed, 1_000)
@@ -172,7 +172,7 @@ def measure(game: str, chance: str, options: argparse.Namespace) -> list[dict]:
         row = dict(game=game, chance=chance, sample_steps=steps, s_churn=churn, start=start)
         row |= dict(loss=loss, updates=options.updates, steps=options.steps)
         row |= skill(agent, heldout, setting) | spread(agent, moments, setting)
-        rows.append(row | common.about("stochasticity.py"))
+        rows.append(row | about)
     took = time.monotonic() - begun
     print(f"{game} {chance}: diffusion loss {loss:.3f}, {took:.0f} s", flush=True)
     return rows
