@@ -7,8 +7,9 @@
     from play import DreamEnv
     env = DreamEnv("runs/Pong__...")       # reset() and step() happen in the world model alone
 
-`runs.py` a trained run and its decoder; `scenes.py` the game, its dream, `DreamEnv`; `session.py` what
-one open page plays; `server.py` the page's server; `pictures.py`; `showcase.py` how the showcase is made.
+runs.py: a trained run and its decoder. scenes.py: the game, its dream, DreamEnv. session.py:
+what an open page plays. server.py: its server. page/: the page. pictures.py. showcase/: what is played
+where no run is named, made by examples/showcase.py.
 """
 
 from play.scenes import DreamEnv as DreamEnv

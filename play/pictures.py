@@ -115,7 +115,8 @@ def film_strip(dream: Dreamed, title: str) -> Image.Image:
     """Three rows of eight pictures: the real game, its latents decoded, and the dream."""
     size, gap, left, top, below = 4 * IMAGE_SIZE, 12, 180, 84, 40
     columns = [step for step in COLUMNS if step < dream.pictures.shape[1]]
-    sheet = Image.new("RGB", (left + len(columns) * (size + gap), top + 3 * (size + below)), "white")
+    shape = (left + len(columns) * (size + gap), top + 3 * (size + below))
+    sheet = Image.new("RGB", shape, "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((10, 8), title, "black", font_size=28)
     for row, name in enumerate(("real game", "decoded from\nits latents", "dream")):
@@ -191,6 +192,7 @@ CURVES = {
         "5 steps into a dream": "wm/reward_prob_5",
     },
 }  # fmt: skip
+LOOKS = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#000000", "^", ":"))
 FEWEST = 3  # points of a curve: fewer show nothing
 
 
@@ -213,15 +215,16 @@ def learning_curves(rows: list[dict], title: str, args: Args) -> Image.Image | N
     lines = -(-len(panels) // 2)
     figure = Figure(figsize=(12, 3.5 * lines), dpi=100, layout="constrained")
     figure.suptitle(title, fontsize=13, x=0.01, ha="left")
-    looks = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#000000", "^", ":"))
     axes = figure.subplots(lines, 2, squeeze=False).flat
     for (name, curves), ax in zip(panels.items(), axes, strict=False):
-        for (label, (key, points)), (colour, marker, dash) in zip(curves.items(), looks, strict=False):
+        for (label, (key, points)), look in zip(curves.items(), LOOKS, strict=False):
+            colour, marker, dash = look
             x, y = (np.array([row[k] for row in points]) for k in ("charts/env_steps", key))
             if key == "eval/mean_return":
                 label = f"{label}, {args.eval_episodes} games each"
                 # The first is random play, of as many games as the last evaluation has.
-                games = [args.eval_episodes if row["epoch"] else args.final_episodes for row in points]
+                first, later = args.final_episodes, args.eval_episodes
+                games = [later if row["epoch"] else first for row in points]
                 if "eval/std_return" in points[0] and min(games) > 1:
                     std = np.array([row["eval/std_return"] for row in points])
                     half = 1.96 * std / (np.array(games) - 1) ** 0.5
@@ -262,7 +265,8 @@ def draw_dreams(run: Run) -> dict[str, bytes]:
         pictures["dreams/final.gif"] = film(moments_of(dream), 200)
     longest = min(int(heldout.lengths.max()), 300 + n)
     if longest > n:
-        dream = dream_of(run, eventful_window(heldout, longest), len(run.open_loop) or MAX_OPEN_LOOP)
+        stretch = len(run.open_loop) or MAX_OPEN_LOOP
+        dream = dream_of(run, eventful_window(heldout, longest), stretch)
         pictures["dreams/play.gif"] = film(moments_of(dream), 70)
     return pictures
 

@@ -1,7 +1,7 @@
-"""A trained run: its script, its networks, its play, and the decoder that turns latents into pictures.
+"""A trained run: its script, its networks, its play, and a decoder that makes pictures of latents.
 
-JEDI has no decoder: nothing in it makes a picture of a latent. One is learned here, afterwards, from
-the run's own play and its frozen encoder, for people only. It is kept in the run folder as decoder.pt.
+JEDI has no decoder. This one is learned afterwards, from the run's own play and its frozen encoder,
+for people only, and kept in the run folder as decoder.pt.
 """
 
 import argparse
@@ -100,7 +100,8 @@ class Run:
         """Preset, seed, steps and date."""
         there = (self.folder / name for name in ("checkpoint.pt", "checkpoint.prev.pt"))
         times = [path.stat().st_mtime for path in there if path.exists()]
-        date, steps = time.strftime("%Y-%m-%d", time.localtime(max(times))), self.saved["collector"]["steps"]
+        date = time.strftime("%Y-%m-%d", time.localtime(max(times)))
+        steps = self.saved["collector"]["steps"]
         text = f"preset {self.args.preset}, seed {self.args.seed}, {steps:,} steps of play, {date}"
         return self.saved.get("about", text)  # the showcase has its own
 

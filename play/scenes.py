@@ -194,7 +194,8 @@ class DreamEnv(gym.Env):
 
     `reset` starts from frames of the run's recorded play, drawn by the seed, or ending with the
     frame number `options["frame"]`. `terminated` is drawn from the model's own prediction of an
-    end; `truncated` after `max_steps`. The same seed and actions give the same dream.
+    end; `truncated` after `max_steps`. The same seed and actions give the same dream. Also as
+    gymnasium.make("play:JediDream-v0", run="runs/...").
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
@@ -235,9 +236,7 @@ class DreamEnv(gym.Env):
         with self.chance.drawn():
             dream.step(int(action), self.sample_steps)
         truncated = not dream.over and dream.steps >= self.max_steps
-        info = dict(
-            reward_probs=dream.reward_probs, end_prob=dream.end_prob, value=dream.value
-        )
+        info = dict(reward_probs=dream.reward_probs, end_prob=dream.end_prob, value=dream.value)
         return dream.frame, dream.reward, dream.over, truncated, info
 
     def render(self) -> np.ndarray | None:
@@ -245,5 +244,4 @@ class DreamEnv(gym.Env):
         return self.dream.frame if self.render_mode and self.dream else None
 
 
-# gymnasium.make("play:JediDream-v0", run="runs/...")
 gym.register("JediDream-v0", entry_point="play:DreamEnv")

@@ -38,7 +38,8 @@ FILES = {  # all that is served
 COMMANDS = "mode pause step speed sampling length screen restart dream_from record".split()
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",  # the address holds the token
     "Cache-Control": "no-store",
@@ -245,7 +246,7 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int, tries: int = 20) -> socket.socket:
-    """A socket that listens on `port` or, if that is taken, on the next free one; else `BadInput`."""
+    """A socket that listens on `port` or, if taken, on the next free one; else `BadInput`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in range(port, min(port + tries, 65_536)):
         try:
@@ -281,7 +282,8 @@ def announce(server: Server, port: int) -> None:
     run, host = server.run, server.options.host
     print(f"game     {run.game}: {run.about}")
     print(f"dream    starts from any of {run.replay.size:,} recorded frames")
-    name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    name = f"[{host}]" if ":" in host else host
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else name
     print(f"open     http://{name}:{port}/{server.token}/")
     if is_loopback(host):
         tunnel = f"ssh -L {port}:{name}:{port} {socket.gethostname()}"

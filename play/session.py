@@ -204,13 +204,14 @@ class Session:
             if playing:
                 self.action = self.choose()
             for name in self.shown:
+                self.rest[name] = 0 if name in playing else self.rest[name] + 1
                 if name not in playing:
-                    self.rest[name] += 1
-                elif name == "game":
+                    continue
+                if name == "game":
                     self.game.step(self.action)
                 else:
                     self.dream.step(self.action, self.sample_steps)
-                moved |= name in playing
+                moved = True
         for name, scene in self.shown.items():
             if self.rest[name] <= (REST if scene.over else BREATH):
                 continue
@@ -245,8 +246,9 @@ class Session:
         return pack(
             "hello",
             dict(
-                game=run.game, about=run.about, actions=run.meanings, keys=key_actions(run.meanings),
-                replay=run.replay.size, chance=hasattr(run.args, "sticky_prob"), fps=FPS,
+                game=run.game, about=run.about, actions=run.meanings,
+                keys=key_actions(run.meanings), replay=run.replay.size, fps=FPS,
+                chance=hasattr(run.args, "sticky_prob"),
                 open_loop=[number(x) for x in run.open_loop], speeds=SPEEDS, lengths=LENGTHS,
                 max_sampling=MAX_SAMPLE_STEPS, latent_shape=run.script.LATENT_SHAPE,
                 has_screen=self.game.screen() is not None,
@@ -256,11 +258,12 @@ class Session:
     def view(self) -> bytes:
         """The present moment: state, and the pictures that it names with their sizes in bytes."""
         lead, parts = self.lead, {}
+        probs = lead.logits.softmax(-1)[0].tolist()
         state = dict(
             mode=self.mode, player=self.player, paused=self.paused, speed=self.speed,
             sampling=self.sample_steps, length=self.length, screen=self.screen, start=self.start,
             recording=None if self.recording is None else len(self.recording), action=self.action,
-            value=number(lead.value), probs=[number(p) for p in lead.logits.softmax(-1)[0].tolist()],
+            value=number(lead.value), probs=[number(p) for p in probs],
             reward_probs=[number(p) for p in lead.reward_probs], end_prob=number(lead.end_prob),
         )  # fmt: skip
         for name, scene in self.shown.items():

@@ -1,4 +1,4 @@
-"""play.py: the dream as an environment, what a tab plays, and the server, with the real Pong and a very small run."""
+"""play/: the dream as an environment, what a tab plays, and the server, with the real Pong and a very small run."""
 
 import asyncio
 import contextlib
@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import io
 import json
-import socket
+import shutil
 import struct
 import time
 from pathlib import Path
 
 import aiohttp
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -22,8 +23,10 @@ from PIL import Image
 
 import jedi_atari as jedi
 import jedi_atari_stochastic
-import play
-import play_pictures
+import play.__main__ as command
+import play.server as serve
+from play import DreamEnv, runs, scenes
+from play import session as sessions
 
 TOKEN = "the-token"
 
@@ -34,10 +37,10 @@ def micro_run(folder: Path, script=jedi) -> Path:
     writes into it."""
     run_dir = folder / f"play-run-{script.__name__}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(play_pictures, "MAX_UPDATES", 20)
-        patch.setattr(play_pictures, "PROBE", 16)
+        patch.setattr(runs, "UPDATES", 20)
+        patch.setattr(runs, "PROBE", 16)
         script.train(script.Args(**MICRO | {"run_dir": str(run_dir), "final_episodes": 1}))
-        play.load_model(run_dir, "cpu")
+        assert runs.load_run(run_dir, "cpu").decoder
     return run_dir
 
 
@@ -47,13 +50,13 @@ def run_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(run_dir) -> play.Model:
-    return play.load_model(run_dir, "cpu")
+def run(run_dir) -> runs.Run:
+    return runs.load_run(run_dir, "cpu")
 
 
 @pytest.fixture
-def session(model):
-    session = play.Session(model, seed=0)
+def session(run):
+    session = sessions.Session(run, seed=0)
     yield session
     session.close()
 
@@ -61,26 +64,26 @@ def session(model):
 def unpack(message: bytes) -> tuple[str, dict, bytes]:
     """What the page does with a message."""
     kind, length = struct.unpack_from("<BI", message)
-    return play.KINDS[kind], json.loads(message[5 : 5 + length]), message[5 + length :]
+    return sessions.KINDS[kind], json.loads(message[5 : 5 + length]), message[5 + length :]
 
 
 # --- DreamEnv
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # check_env's advice on spaces and on rendering
-def test_dream_env_passes_the_environment_checker(model):
-    check_env(play.DreamEnv(model, render_mode="rgb_array"), skip_render_check=False)
+def test_dream_env_passes_the_environment_checker(run):
+    check_env(DreamEnv(run, render_mode="rgb_array"), skip_render_check=False)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_dream_env_can_be_made_by_its_name(run_dir):
-    env = play.gym.make("play:JediDream-v0", run=str(run_dir), max_steps=3)
+    env = gym.make("play:JediDream-v0", run=str(run_dir), max_steps=3)
     check_env(env.unwrapped)
     env.reset(seed=0)
     assert env.step(0)[0].shape == (64, 64, 3)
 
 
-def dream(env: play.DreamEnv, seed: int, steps: int = 12, disturb: bool = False) -> list:
+def dream(env: DreamEnv, seed: int, steps: int = 12, disturb: bool = False) -> list:
     played = [env.reset(seed=seed)]
     for i in range(steps):
         if disturb:
@@ -93,16 +96,16 @@ def same(a: list, b: list) -> bool:
     return all(np.array_equal(x[0], y[0]) and x[1:] == y[1:] for x, y in zip(a, b, strict=True))
 
 
-def test_same_seed_same_dream_whatever_else_is_drawn(model):
-    env = play.DreamEnv(model)
+def test_same_seed_same_dream_whatever_else_is_drawn(run):
+    env = DreamEnv(run)
     first = dream(env, 5)
     assert same(first, dream(env, 5, disturb=True))
-    assert same(first, dream(play.DreamEnv(model), 5))
+    assert same(first, dream(DreamEnv(run), 5))
     assert not same(first, dream(env, 6))
 
 
-def test_two_dreams_do_not_disturb_each_other(model):
-    alone, (a, b) = dream(play.DreamEnv(model), 5), (play.DreamEnv(model), play.DreamEnv(model))
+def test_two_dreams_do_not_disturb_each_other(run):
+    alone, (a, b) = dream(DreamEnv(run), 5), (DreamEnv(run), DreamEnv(run))
     torch.manual_seed(1)
     before = torch.get_rng_state()
     together = [a.reset(seed=5)]
@@ -114,22 +117,22 @@ def test_two_dreams_do_not_disturb_each_other(model):
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_dream_is_what_imagine_makes_of_the_same_draws(model, micro):
+def test_a_dream_is_what_imagine_makes_of_the_same_draws(run, micro):
     """Latents step by step as in training, and R_psi carried step by step as when it sees all at once."""
-    agent = random_agent(micro, len(model.meanings))
-    model = dataclasses.replace(model, agent=agent)
-    n, steps, index = model.args.context_frames, 6, 20
-    frames, taken, _ = play.recorded(model.replay, index, n)
-    actions, chance = [3, 1, 0, 2, 2, 4], play.Chance(3, model.device)
-    scene, latents, probs = play.Dream(model), [], []
+    agent = random_agent(micro, len(run.meanings))
+    run = dataclasses.replace(run, agent=agent)
+    n, steps, index = run.args.context_frames, 6, 20
+    frames, taken, _ = scenes.recorded(run.replay, index, n)
+    actions, chance = [3, 1, 0, 2, 2, 4], scenes.Chance(3, run.device)
+    scene, latents, probs = scenes.Dream(run), [], []
     scene.begin(frames, taken)
     for action in actions:
         with chance.drawn(), torch.no_grad():
             state = torch.get_rng_state()
             context, past = torch.stack(scene.latents, 1), torch.tensor([[*scene.taken, action]])
-            expected = jedi.sample_next_latent(agent, context, past, model.args)
+            expected = jedi.sample_next_latent(agent, context, past, run.args)
             torch.set_rng_state(state)
-            scene.step(action, model.args.sample_steps)
+            scene.step(action, run.args.sample_steps)
         assert torch.equal(expected, scene.latents[-1])
         latents.append(scene.latents[-1])
         probs.append([*scene.reward_probs, scene.end_prob])
@@ -142,11 +145,11 @@ def test_a_dream_is_what_imagine_makes_of_the_same_draws(model, micro):
     assert scene.value == pytest.approx(values[0, -1].item(), abs=1e-5)
 
 
-def test_dreams_end_by_the_model_or_by_the_limit(model):
+def test_dreams_end_by_the_model_or_by_the_limit(run):
     def ended(end_bias: float) -> tuple:
-        agent = random_agent(jedi.Args(**MICRO), len(model.meanings))
+        agent = random_agent(jedi.Args(**MICRO), len(run.meanings))
         agent.reward.head[-1].bias.data[3:] = torch.tensor([-end_bias, end_bias])
-        env = play.DreamEnv(dataclasses.replace(model, agent=agent), max_steps=2)
+        env = DreamEnv(dataclasses.replace(run, agent=agent), max_steps=2)
         env.reset(seed=0)
         return tuple(env.step(0)[2:4] for _ in range(2))
 
@@ -154,10 +157,10 @@ def test_dreams_end_by_the_model_or_by_the_limit(model):
     assert ended(-50.0) == ((False, False), (False, True))
 
 
-def test_a_dream_can_start_from_any_frame(model):
-    env = play.DreamEnv(model)
+def test_a_dream_can_start_from_any_frame(run):
+    env = DreamEnv(run)
     final = MICRO["max_episode_steps"]  # the first game's last frame
-    for index in (0, 1, final, final + 1, model.replay.size - 1):
+    for index in (0, 1, final, final + 1, run.replay.size - 1):
         _, info = env.reset(seed=0, options={"frame": index})
         assert info["frame"] == index - (index == final)
 
@@ -174,7 +177,7 @@ def test_recorded_windows_stay_in_their_episode():
         replay.add(frames[i], i, 0.0, False)
 
     def window(index: int) -> tuple:
-        seen, taken, index = play.recorded(replay, index, 4)
+        seen, taken, index = scenes.recorded(replay, index, 4)
         return seen[:, 0, 0, 0].tolist(), taken, index
 
     assert window(0) == window(-5) == ([0], [], 0)
@@ -184,24 +187,24 @@ def test_recorded_windows_stay_in_their_episode():
     assert window(99) == ([3, 4, 5], [3, 4], 5)  # this one is still open
     replay.add(frames[0], 6, 0.0, False, frames[0])
     assert window(99) == ([3, 4, 5, 0], [3, 4, 5], 6)
-    assert play.recorded(replay, 5, 2)[1] == [4]
+    assert scenes.recorded(replay, 5, 2)[1] == [4]
 
 
 def test_a_run_of_the_other_script_plays_too(tmp_path):
-    model = play.load_model(micro_run(tmp_path, jedi_atari_stochastic), "cpu", "ALE/Pong-v5")
-    assert model.script is jedi_atari_stochastic and model.args.s_churn == 1
-    assert model.replay.size > 70
-    session = play.Session(model, seed=0)
-    for mode in ("game", "dream"):
-        session.do_mode(mode)
-        session.advance()
-        assert session.scene.steps == 1
+    run = runs.load_run(micro_run(tmp_path, jedi_atari_stochastic), "cpu")
+    assert run.script is jedi_atari_stochastic and run.args.s_churn == 1
+    assert run.replay.size > 70
+    session = sessions.Session(run, seed=0)
+    session.advance()
+    assert (session.game.steps, session.dream.steps) == (1, 1)
     session.close()
 
 
 def test_games_that_are_not_atari_have_numbered_actions(micro):
-    env = jedi.make_env(replace(micro, env_id="toys:Catch-v0"))
-    assert play.meanings_of(env) == ("ACTION 0", "ACTION 1", "ACTION 2")
+    collector = jedi.Collector(replace(micro, env_id="toys:Catch-v0"))
+    run = runs.Run(Path(), jedi, micro, None, {}, collector)
+    assert run.meanings == ("ACTION 0", "ACTION 1", "ACTION 2")
+    assert sessions.key_actions(run.meanings) == {}
 
 
 # --- keys
@@ -232,17 +235,24 @@ SEAQUEST = tuple(
     ],
 )
 def test_the_action_that_fits_the_keys(meanings, held, fresh, chosen):
-    action = play.choose_action(meanings, frozenset(held.split()), frozenset(fresh.split()))
+    action = sessions.choose_action(meanings, frozenset(held.split()), frozenset(fresh.split()))
     assert meanings[action] == chosen
+
+
+def test_what_the_keys_do_is_said_once():
+    """Of keys that do the same, as left and down in Pong, one is named."""
+    assert sessions.key_actions(PONG) == {"up": "RIGHT", "down": "LEFT", "fire": "FIRE"}
+    assert sessions.key_actions(SEAQUEST)["left"] == "LEFT"
+    assert set(sessions.key_actions(SEAQUEST)) == set(sessions.KEYS)
 
 
 def test_a_tap_shorter_than_a_step_counts_once(session):
     session.hold({"keys": ["fire"], "action": None})
     session.hold({"keys": [], "action": None})
     session.advance()
-    assert session.model.meanings[session.action] == "FIRE"
+    assert session.run.meanings[session.action] == "FIRE"
     session.advance()
-    assert session.model.meanings[session.action] == "NOOP"
+    assert session.run.meanings[session.action] == "NOOP"
     session.hold({"keys": [], "action": 3})
     session.hold({"keys": [], "action": None})
     session.advance()
@@ -252,140 +262,194 @@ def test_a_tap_shorter_than_a_step_counts_once(session):
 # --- a session
 
 
+def paddle_height(frame: np.ndarray) -> float:
+    """Pong's own paddle, green, on the right."""
+    part = frame[8:62, 54:62].astype(int)
+    return np.nonzero(part[..., 1] - part[..., 0] > 40)[0].mean()
+
+
 def test_the_real_game_moves_with_the_keys(session):
-    """Pong's own paddle, green, on the right: up with up, down with down."""
-
-    def height() -> float:
-        frame = session.scene.frame[8:62, 54:62].astype(int)
-        return np.nonzero(frame[..., 1] - frame[..., 0] > 40)[0].mean()
-
+    """Up with up, down with down."""
     heights = {}
     for key in ("up", "down"):
         session.hold({"keys": [key], "action": None})
         for _ in range(25):
             session.advance()
-        heights[key] = height()
+        heights[key] = paddle_height(session.game.frame)
     assert heights["down"] - heights["up"] > 15
 
 
-def test_the_dream_takes_over_where_the_game_stands_and_the_game_waits(session):
+def test_it_opens_with_a_still_picture_of_both(session):
+    assert session.paused and session.tick() is None
+    _, state, payload = unpack(session.view())
+    assert state["mode"] == "both" and state["game"]["step"] == state["dream"]["step"] == 0
+    sizes = {"game": 12_288, "dream": 12_288, "latents": 1_024}
+    assert state["parts"] == sizes and len(payload) == sum(sizes.values())
+    assert payload[:12_288] == session.game.frame.tobytes()
+
+
+def test_game_and_dream_take_the_same_actions_from_the_same_moment(session, monkeypatch):
+    """The dream begins with the game's latents, and again after its length, with what is then."""
+    session.do_length(5)
+    session.hold({"keys": ["up"], "action": None})
+    taken = []
+    step = sessions.Dream.step
+    monkeypatch.setattr(sessions.Dream, "step", lambda s, a, n: taken.append(a) or step(s, a, n))
+    assert all(map(torch.equal, session.dream.latents, session.game.latents))
+    for _ in range(5):
+        session.advance()
+        session.dream.over = False  # an untrained model may say that it ends
+        assert taken[-1] == session.action == 2
+    assert session.ended("dream") and not session.ended("game")
+    for _ in range(sessions.BREATH + 1):
+        session.advance()
+    assert len(taken) == 5 and session.dream.steps == 0 and session.game.steps == 10
+    assert all(map(torch.equal, session.dream.latents, session.game.latents))
+
+
+def test_a_dream_alone_begins_anew_in_recorded_play(session):
+    session.do_mode(["dream", "human"])
+    assert session.start is None  # where the game stood
+    session.dream.steps = session.length
+    for _ in range(sessions.BREATH):
+        assert session.advance() is None
+    assert session.advance() and session.start is not None and session.dream.steps == 0
+
+
+def test_the_game_waits_while_the_dream_is_played(session):
     for _ in range(6):
         session.advance()
-    frame, steps = session.scene.frame, session.scene.steps
-    z = torch.stack(session.scene.latents)
-    session.do_mode("dream")
-    assert torch.equal(z, torch.stack(session.scene.latents)) and session.start is None
+    frame, steps = session.game.frame, session.game.steps
+    session.do_mode(["dream", "human"])
+    assert all(map(torch.equal, session.dream.latents, session.game.latents))
     session.advance()
-    kind, state, payload = unpack(session.view())
-    assert (kind, state["mode"], state["step"]) == ("view", "dream", 1) and len(
-        payload
-    ) == 12_288 + 1_024
-    session.do_mode("game")
-    assert np.array_equal(session.scene.frame, frame) and session.scene.steps == steps
+    _, state, payload = unpack(session.view())
+    assert (state["mode"], state["dream"]["step"]) == ("dream", 1) and "game" not in state
+    assert len(payload) == 12_288 + 1_024
+    session.do_mode(["game", "human"])
+    assert session.game.frame is frame and session.game.steps == steps
 
 
-def test_the_agent_plays_in_both(session):
-    session.do_player("agent")
-    for mode in ("game", "dream"):
-        session.do_mode(mode)
+def test_a_run_s_own_error_sets_the_length_of_its_dreams(run, session):
+    """As far as it was measured; 15 where it was not."""
+    assert run.open_loop and session.length == len(run.open_loop)
+    _, hello, _ = unpack(session.hello())
+    assert hello["open_loop"] == [pytest.approx(x, abs=1e-4) for x in run.open_loop]
+    unmeasured = dataclasses.replace(run)
+    unmeasured.__dict__["metrics"] = []
+    other = sessions.Session(unmeasured, seed=0)
+    assert other.length == 15
+    other.close()
+
+
+def test_the_agent_plays_in_all_modes(session):
+    for mode in ("both", "game", "dream"):
+        session.do_mode([mode, "agent"])
         actions = set()
         for _ in range(30):
+            session.dream.over = False
             session.advance()
             actions.add(session.action)
         assert len(actions) > 1  # an untrained policy is uniform
 
 
+def test_the_console_s_own_screen_is_sent_when_asked(session):
+    session.do_screen(True)
+    session.advance()
+    _, state, payload = unpack(session.view())
+    assert state["parts"]["screen"] == 210 * 160 * 3
+    screen = np.frombuffer(payload[-210 * 160 * 3 :], np.uint8).reshape(210, 160, 3)
+    assert np.array_equal(screen, session.game.env.unwrapped.ale.getScreenRGB())
+
+
 def test_pause_single_step_and_a_tick_that_waited(session):
-    session.do_pause(True)
-    assert session.tick() is None and session.scene.steps == 0
     session.do_step(None)
-    assert session.paused and session.scene.steps == 1
+    assert session.paused and session.game.steps == 1 and session.tick() is None
     session.do_pause(False)
-    assert session.tick() is not None and session.scene.steps == 2
+    assert session.tick() is not None and session.game.steps == 2
 
 
-def test_restart_from_a_frame_of_the_replay(session):
+def test_a_dream_from_a_frame_of_the_replay(session):
     session.do_dream_from(30)
-    assert (session.mode, session.start, session.scene.steps) == ("dream", 30, 0)
-    frames, _, _ = play.recorded(session.model.replay, 30, session.model.args.context_frames)
-    z = session.model.agent.encode(torch.from_numpy(frames)[None])  # with its past: rounds alike
-    assert np.array_equal(session.scene.frame, session.model.decoder.pictures(z[:, -1:])[0, 0])
+    assert (session.mode, session.start, session.dream.steps) == ("dream", 30, 0)
+    frames, _, _ = scenes.recorded(session.run.replay, 30, session.run.args.context_frames)
+    z = session.run.agent.encode(torch.from_numpy(frames)[None])  # with its past: rounds alike
+    assert np.array_equal(session.dream.frame, session.run.decoder.pictures(z[:, -1:])[0, 0])
     _, header, pixels = unpack(session.preview(30))
     assert header == {"index": 30} and pixels == frames[-1].tobytes()
 
 
 def test_after_an_end_a_moment_s_rest_then_a_new_start(session):
-    session.do_mode("dream")
-    session.scene.over = True
-    assert [session.advance() for _ in range(play.REST)] == [None] * play.REST
-    assert session.advance() is not None and session.scene.steps == 0 and not session.scene.over
+    session.do_mode(["game", "human"])
+    session.advance()
+    session.game.over = True
+    assert [session.advance() for _ in range(sessions.REST)] == [None] * sessions.REST
+    assert session.advance() is not None and session.game.steps == 0 and not session.game.over
+
+
+def test_a_new_game_takes_its_dream_along(session):
+    for _ in range(3):
+        session.advance()
+    session.game.over = True
+    for _ in range(sessions.REST + 1):
+        session.advance()
+    assert session.game.steps == session.dream.steps == 0
+    assert all(map(torch.equal, session.dream.latents, session.game.latents))
 
 
 def test_sampling_steps_change_while_playing(session, monkeypatch):
     seen = []
-    network = session.model.agent.denoiser
+    network = session.run.agent.denoiser
     forward = network.forward
     monkeypatch.setattr(network, "forward", lambda *a: seen.append(1) or forward(*a))
-    session.do_mode("dream")
     for wanted, steps in ((1, 1), (10, 10), (99, 10), (0, 1)):
         session.do_sampling(wanted)
         seen.clear()
         session.advance()
-        session.scene.over = False  # an untrained model may say that it ends
+        session.dream.over = False
         assert len(seen) == session.sample_steps == steps
 
 
-def test_a_session_is_repeatable(model):
+def test_a_session_is_repeatable(run):
     def played() -> list[bytes]:
-        session = play.Session(model, seed=7)
-        session.do_player("agent")
-        views = [session.advance() for _ in range(8)]
-        session.do_mode("dream")
-        views += [session.advance() for _ in range(8)]
+        session = sessions.Session(run, seed=7)
+        views = []
+        for mode in ("both", "dream"):
+            session.do_mode([mode, "agent"])
+            views += [session.advance() for _ in range(8)]
         session.close()
         return views
 
     assert played() == played()
 
 
-def test_a_recording_is_a_gif_with_a_frame_per_step_at_the_game_s_speed(session):
-    session.do_record(True)
-    for _ in range(29):
-        session.advance()
-    session.do_record(False)
-    gif = Image.open(io.BytesIO(play.make_gif(session.film)))
-    durations = []
-    for i in range(gif.n_frames):
-        gif.seek(i)
-        durations.append(gif.info["duration"])
-    assert gif.n_frames == 30 and sum(durations) == 2_000
-
-
-def test_a_recording_ends_by_itself(session, monkeypatch):
-    monkeypatch.setattr(play, "FILM_FRAMES", 4)
+def test_a_recording_has_a_moment_for_each_step(session, monkeypatch):
+    monkeypatch.setattr(sessions, "FILM_FRAMES", 4)
     session.do_record(True)
     for _ in range(5):
         session.advance()
-    assert session.recording is None and len(session.film) == 4
+    assert session.recording is None and len(session.film) == 4  # it ended by itself
+    (game, dream) = session.film[1]
+    assert (game.text, dream.text) == ("real game", "dream, step 1")
 
 
-def test_dream_steps_per_second(model):
-    """At the sizes of the tiny preset the dream keeps up with the game, 15 steps a second. A wide margin: other jobs
-    may use the machine. The figure is printed."""
+@pytest.mark.parametrize("mode", ["both", "dream"])
+def test_steps_per_second(run, mode):
+    """At the sizes of the tiny preset it keeps up with the game, 15 steps a second. A wide margin:
+    other jobs may use the machine. The figure is printed."""
     args = jedi.Args(**jedi.PRESETS["tiny"] | {"preset": "tiny"})
-    agent = random_agent(args, len(model.meanings)).to(memory_format=torch.channels_last)
-    sized = dataclasses.replace(model, args=args, agent=agent)
-    session = play.Session(sized, seed=0)
-    session.do_mode("dream")
-    session.do_player("agent")
+    agent = random_agent(args, len(run.meanings)).to(memory_format=torch.channels_last)
+    session = sessions.Session(dataclasses.replace(run, args=args, agent=agent), seed=0)
+    session.do_length(500)
+    session.do_mode([mode, "agent"])
     times = []
     for _ in range(66):
-        session.scene.over = False
+        session.dream.over = False
         assert session.advance()
         times.append(time.perf_counter())
     rate = 60 / (times[-1] - times[5])
     session.close()
-    print(f"{rate:.0f} dream steps per second with {torch.get_num_threads()} thread")
+    print(f"{mode}: {rate:.0f} steps per second with {torch.get_num_threads()} thread")
     assert rate > 8
 
 
@@ -393,12 +457,13 @@ def test_dream_steps_per_second(model):
 
 
 @contextlib.asynccontextmanager
-async def serving(model: play.Model):
+async def serving(run: runs.Run, *arguments: str):
     """The server on a free port; yields it, its address, and a client."""
-    server = play.Server(model, TOKEN, threads=1)
+    _, options = command.parse(["--threads", "1", *arguments])
+    server = serve.Server(run, TOKEN, options)
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=1)
     await runner.setup()
-    sock = play.listen("127.0.0.1", 0)
+    sock = serve.listen("127.0.0.1", 0)
     await web.SockSite(runner, sock).start()
     async with aiohttp.ClientSession() as client:
         yield server, f"http://127.0.0.1:{sock.getsockname()[1]}", client
@@ -422,9 +487,9 @@ def tell(ws, name: str, value=None):
     return ws.send_str(json.dumps({"do": name, "value": value}))
 
 
-def test_only_the_page_s_files_only_with_token_and_only_by_our_name(model):
+def test_only_the_page_s_files_and_only_with_the_token(run):
     async def check():
-        async with serving(model) as (_, address, client):
+        async with serving(run) as (_, address, client):
 
             async def status(path: str, **headers) -> int:
                 async with client.get(
@@ -433,12 +498,11 @@ def test_only_the_page_s_files_only_with_token_and_only_by_our_name(model):
                     await response.read()
                     return response.status
 
-            port = address.rpartition(":")[2]
-            for name in ("", "index.html", "play.js", "style.css"):
+            for name in ("", "index.html", "play.js", "style.css", "README.md"):
                 assert await status(f"/{TOKEN}/{name}") == 200
             assert await status(f"/{TOKEN}") == 302
-            assert await status(f"/{TOKEN}/play.py") == 404
-            assert await status(f"/{TOKEN}/..%2fplay.py") in (403, 404)
+            assert await status(f"/{TOKEN}/server.py") == 404
+            assert await status(f"/{TOKEN}/..%2fserver.py") in (403, 404)
             for path in (
                 "/",
                 "/play.js",
@@ -449,50 +513,81 @@ def test_only_the_page_s_files_only_with_token_and_only_by_our_name(model):
                 "/%C3%A9/",
             ):
                 assert await status(path) == 403, path
-            assert await status(f"/{TOKEN}/", Host=f"evil.example:{port}") == 403
-            assert await status(f"/{TOKEN}/", Host="127.0.0.1.evil.example") == 403
-            assert await status(f"/{TOKEN}/", Host="[") == 403
-            assert (
-                await status(f"/{TOKEN}/", Host="localhost:9999") == 200
-            )  # a port that ssh has moved
+            # By whatever name a proxy or ssh knows this machine: the token is the secret.
+            for host in ("box.example:80", "localhost:9999", "["):
+                assert await status(f"/{TOKEN}/", Host=host) == 200
+                assert await status("/wrong/", Host=host) == 403
 
     asyncio.run(check())
 
 
 @pytest.mark.parametrize(
-    "token, headers",
+    "arguments, headers, status",
     [
-        ("wrong", {}),
-        (TOKEN, {"Origin": "http://evil.example"}),
-        (TOKEN, {"Origin": "http://127.0.0.1:1"}),
-        (TOKEN, {"Origin": "null"}),
-        (TOKEN, {"Origin": ""}),
-        (TOKEN, {"Host": "evil.example", "Origin": "http://evil.example"}),
+        ([], {}, 101),
+        ([], {"Host": "box.example", "Origin": "https://box.example"}, 101),  # ssh, a name, a proxy
+        ([], {"Origin": "https://box.example"}, 403),  # a proxy that asks by another name
+        ([], {"Origin": "https://box.example", "X-Forwarded-Host": "box.example"}, 101),
+        (["--allow-host", "box.example"], {"Origin": "https://box.example"}, 101),
+        (
+            ["--allow-host", "b.example", "--allow-host", "Box.example"],
+            {"Origin": "https://box.example"},
+            101,
+        ),
+        (["--allow-host", "box.example"], {"Origin": "https://evil.example"}, 403),
+        ([], {"Origin": "null"}, 403),
+        ([], {"Origin": ""}, 403),
+        ([], {"Origin": "http://["}, 403),
     ],
 )
-def test_a_socket_needs_token_and_origin(model, token, headers):
+def test_a_socket_is_for_the_page_s_own_origin(run, arguments, headers, status):
     async def check():
-        async with serving(model) as (server, address, client):
+        async with serving(run, *arguments) as (server, address, client):
+            try:
+                async with open_socket(client, address, **headers) as ws:
+                    await receive(ws, "hello")
+                    got = 101
+            except aiohttp.WSServerHandshakeError as error:
+                got = error.status
+                assert not server.tabs
+            assert got == status
+            # Why, for the page, which cannot read the answer to its socket.
+            post = {"Origin": address, **headers}
+            async with client.post(f"{address}/{TOKEN}/socket", headers=post) as response:
+                text = await response.text()
+                assert response.status == (204 if status == 101 else 403)
+            if headers.get("Origin") == "https://box.example" and status == 403:
+                assert "'box.example'" in text and "127.0.0.1" in text
+                assert "python -m play --allow-host box.example" in text
+
+    asyncio.run(check())
+
+
+def test_a_socket_needs_the_token(run):
+    async def check():
+        async with serving(run, "--allow-host", "127.0.0.1") as (server, address, client):
             with pytest.raises(aiohttp.WSServerHandshakeError) as error:
-                await open_socket(client, address, token, **headers)
+                await open_socket(client, address, "wrong")
             assert error.value.status == 403 and not server.tabs
 
     asyncio.run(check())
 
 
-def test_a_page_plays_pauses_switches_records_and_closes(model):
+def test_a_page_plays_pauses_switches_records_and_closes(run):
     async def check():
-        async with serving(model) as (server, address, client):
+        async with serving(run) as (server, address, client):
             async with open_socket(client, address) as ws:
                 hello, _ = await receive(ws, "hello")
                 assert hello["game"] == "Pong" and hello["actions"] == list(PONG)
-                assert hello["replay"] == model.replay.size
-                await receive(ws, "view", lambda v: v["step"] == 5)
+                assert hello["replay"] == run.replay.size
+                await tell(ws, "pause", False)
+                await receive(ws, "view", lambda v: v["game"]["step"] == 5)
                 await tell(ws, "pause", True)
                 paused, _ = await receive(ws, "view", lambda v: v["paused"])
+                now = paused["game"]["step"]
                 await tell(ws, "step")
-                stepped, _ = await receive(ws, "view", lambda v: v["step"] > paused["step"])
-                assert stepped["step"] == paused["step"] + 1 and stepped["paused"]
+                stepped, _ = await receive(ws, "view", lambda v: v["game"]["step"] > now)
+                assert stepped["game"]["step"] == now + 1 and stepped["paused"]
                 await tell(ws, "dream_from", 12)
                 dreamt, payload = await receive(ws, "view", lambda v: v["mode"] == "dream")
                 assert dreamt["start"] == 12 and len(payload) == 12_288 + 1_024
@@ -511,7 +606,7 @@ def test_a_page_plays_pauses_switches_records_and_closes(model):
     asyncio.run(check())
 
 
-def test_nonsense_is_answered_and_playing_goes_on(model):
+def test_nonsense_is_answered_and_playing_goes_on(run):
     nonsense = (
         "{",
         "[]",
@@ -519,64 +614,54 @@ def test_nonsense_is_answered_and_playing_goes_on(model):
         "{}",
         '{"do": "close"}',
         '{"do": "mode", "value": []}',
+        '{"do": "mode", "value": ["both", "nobody"]}',
+        '{"do": "length", "value": "x"}',
         '{"do": "sampling"}',
     )
     keys = '{"do": "hold", "value": {"keys": ["x"], "action": null}}'
 
     async def check():
-        async with serving(model) as (_, address, client), open_socket(client, address) as ws:
+        async with serving(run) as (_, address, client), open_socket(client, address) as ws:
             for text in (*nonsense, keys):
                 await ws.send_str(text)
                 assert "makes no sense" in (await receive(ws, "error"))[0]["text"]
-            for speed, used in (("1e999", play.SPEEDS[1]), ("NaN", play.SPEEDS[0])):
+            for speed, used in (("1e999", sessions.SPEEDS[1]), ("NaN", sessions.SPEEDS[0])):
                 await ws.send_str(f'{{"do": "speed", "value": {speed}}}')
                 await receive(ws, "view", lambda v, used=used: v["speed"] == used)
 
     asyncio.run(check())
 
 
-def test_tabs_come_and_go_without_disturbing_each_other(model):
+def test_tabs_come_and_go_without_disturbing_each_other(run):
     """One plays the game, one dreams, one reads nothing, one vanishes without a word."""
 
     async def check():
-        async with serving(model) as (server, address, client):
+        async with serving(run) as (server, address, client):
             sockets = [await open_socket(client, address) for _ in range(4)]
             game, asleep, dreamer, vanishing = sockets
-            await tell(dreamer, "mode", "dream")
+            await tell(dreamer, "mode", ["dream", "human"])
             for ws in sockets:
+                await tell(ws, "pause", False)
                 await receive(ws, "view")
             await tell(asleep, "speed", 4)
             vanishing._response.connection.transport.abort()
             async with asyncio.timeout(5):
                 while len(server.tabs) > 3:
                     await asyncio.sleep(0.01)
-            now = (await receive(game, "view"))[0]["step"]
+            now = (await receive(game, "view"))[0]["game"]["step"]
             begun = time.perf_counter()
-            view, _ = await receive(game, "view", lambda v: v["step"] >= now + 15)
-            assert view["mode"] == "game" and time.perf_counter() - begun < 5
-            assert (await receive(dreamer, "view"))[0]["mode"] == "dream"
-            sleeper = next(tab for tab in server.tabs if tab.session.speed == 4)
-            assert len(sleeper.outbox.views) <= 3
+            view, _ = await receive(game, "view", lambda v: v["game"]["step"] >= now + 15)
+            assert view["mode"] == "both" and time.perf_counter() - begun < 8
+            await receive(dreamer, "view", lambda v: v["mode"] == "dream")
             for ws in (game, asleep, dreamer):
                 await ws.close()
 
     asyncio.run(check())
 
 
-def test_a_slow_tab_misses_views_but_holds_nothing_up():
+def test_the_server_ends_while_tabs_are_open(run):
     async def check():
-        outbox = play.Outbox()
-        for i in range(100):
-            outbox.put(b"%d" % i)
-        outbox.put(b"hello", letter=True)
-        assert [await outbox.get() for _ in range(4)] == [b"hello", b"97", b"98", b"99"]
-
-    asyncio.run(check())
-
-
-def test_the_server_ends_while_tabs_are_open(model):
-    async def check():
-        async with serving(model) as (server, address, client):
+        async with serving(run) as (server, address, client):
             ws = await open_socket(client, address)
             await receive(ws, "view")
             begun = time.perf_counter()
@@ -592,11 +677,11 @@ def test_the_server_ends_while_tabs_are_open(model):
     asyncio.run(check())
 
 
-def test_there_is_a_limit_of_tabs(model, monkeypatch):
-    monkeypatch.setattr(play, "MOST_TABS", 1)
+def test_there_is_a_limit_of_tabs(run, monkeypatch):
+    monkeypatch.setattr(serve, "MOST_TABS", 1)
 
     async def check():
-        async with serving(model) as (_, address, client), open_socket(client, address):
+        async with serving(run) as (_, address, client), open_socket(client, address):
             with pytest.raises(aiohttp.WSServerHandshakeError) as error:
                 await open_socket(client, address)
             assert error.value.status == 503
@@ -604,18 +689,18 @@ def test_there_is_a_limit_of_tabs(model, monkeypatch):
     asyncio.run(check())
 
 
-def test_what_fails_in_a_tab_is_said_there_and_ends_it_alone(model, monkeypatch, capsys):
+def test_what_fails_in_a_tab_is_said_there_and_ends_it_alone(run, monkeypatch, capsys):
     async def check():
-        async with serving(model) as (server, address, client):
+        async with serving(run) as (server, address, client):
             ws = await open_socket(client, address)
             await receive(ws, "view")
-            scene = next(iter(server.tabs)).session.scene
-            await server.work(
-                setattr, scene, "latents", []
-            )  # between two steps: within one it would be mended
-            assert "the terminal of play.py says more" in (await receive(ws, "error"))[0]["text"]
+            game = next(iter(server.tabs)).session.game
+            await server.work(setattr, game, "latents", [])
+            await tell(ws, "pause", False)
+            assert "the terminal says more" in (await receive(ws, "error"))[0]["text"]
             async with open_socket(client, address) as other:
-                await receive(other, "view", lambda v: v["step"] > 2)
+                await tell(other, "pause", False)
+                await receive(other, "view", lambda v: v["game"]["step"] > 2)
 
     asyncio.run(check())
     assert "Traceback" in capsys.readouterr().err
@@ -626,9 +711,9 @@ def test_what_fails_in_a_tab_is_said_there_and_ends_it_alone(model, monkeypatch,
 
 def refused(capsys, *arguments) -> str:
     """The one line on stderr."""
-    assert play.main([str(a) for a in arguments]) == 2
+    assert command.main([str(a) for a in arguments]) == 2
     line, end = capsys.readouterr().err.split("\n")
-    assert line.startswith("play.py: error: ") and not end
+    assert line.startswith("play: error: ") and not end
     return line
 
 
@@ -637,15 +722,9 @@ def test_a_folder_without_checkpoint(capsys, tmp_path):
     assert "checkpoint.pt is missing" in refused(capsys, tmp_path / "nowhere")
 
 
-def test_a_run_of_another_game(capsys, run_dir):
-    assert "is a run of Pong, not of Krull" in refused(capsys, run_dir, "--env-id", "Krull")
-    assert "is a run of Pong, not of Pang" in refused(capsys, run_dir, "--env-id", "Pang")
-
-
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        ([], "required: run_dir"),
         (["x", "--speed", "3"], "unrecognized arguments"),
         (["x", "--port", "x"], "invalid int value"),
         (["x", "--port", "70000"], "--port is 70000"),
@@ -656,13 +735,51 @@ def test_bad_arguments(capsys, arguments, text):
     assert text in refused(capsys, *arguments)
 
 
+def test_without_a_run_the_showcase_is_played():
+    _, options = command.parse([])
+    run = runs.load_run(options.run_dir, "cpu")
+    assert run.game == "Pong" and len(run.open_loop) >= 50 and "showcase" in run.about
+    assert run.replay.size > 300 and (run.folder / "decoder.pt").is_file()
+    assert sum(path.stat().st_size for path in run.folder.iterdir()) < 15e6
+
+
 def test_a_run_of_a_script_that_is_not_here(capsys, run_dir, tmp_path):
-    """Only a script beside play.py is imported: not what a checkpoint names, nor the copy in its folder."""
+    """Only what is named, lies in the folder or beside play/ is run: not what a checkpoint says."""
     (tmp_path / "evil.py").write_text("raise SystemExit('executed')")
     saved = jedi.load_checkpoint(run_dir)
+    (run := tmp_path / "run").mkdir()
     for name in ("evil", str(tmp_path / "evil"), "../evil", "tests/toys", ""):
-        jedi.save_checkpoint(tmp_path, saved | dict(script=name))
-        assert f"made by {name}.py; put that beside play_pictures.py" in refused(capsys, tmp_path)
+        jedi.save_checkpoint(run, saved | dict(script=name))
+        assert f"made by {name}.py, which is not there" in refused(capsys, run)
+
+
+def test_a_fork_is_played_with_the_script_in_its_folder_or_the_one_named(capsys, run_dir, tmp_path):
+    """Other networks than this repository's, so that no other script would do."""
+    text = Path(jedi.__file__).read_text()
+    fork = text.replace('"""JEDI (Joint', 'FORKED = True\n"""JEDI (Joint', 1)
+    fork = fork.replace("self.conv_out = zero_(conv3x3(width, channels))",
+                        "self.conv_extra = conv3x3(width, channels)\n"
+                        "        self.conv_out = zero_(conv3x3(width, channels))")  # fmt: skip
+    (named := tmp_path / "somewhere" / "my_fork.py").parent.mkdir()
+    named.write_text(fork)
+    shutil.copytree(run_dir, run := tmp_path / "run")
+    saved = jedi.load_checkpoint(run_dir)
+    extra = torch.nn.Conv2d(MICRO["denoiser_width"], 16, 3, padding=1).state_dict()
+    saved["agent"] |= {f"denoiser.conv_extra.{key}": value for key, value in extra.items()}
+    jedi.save_checkpoint(run, saved | dict(script="my_fork"))
+    assert "my_fork.py, which is not there" in refused(capsys, run)
+    assert runs.load_run(run, "cpu", script=named).script.FORKED
+    shutil.copy(named, run)
+    played = runs.load_run(run, "cpu")
+    assert played.script.FORKED and played.agent.denoiser.conv_extra
+    session = sessions.Session(played, seed=0)
+    assert session.advance()
+    session.close()
+    assert "other networks" in refused(capsys, run, "--script", jedi.__file__)
+    named.write_text("raise SystemExit('Python 4 is needed')")
+    assert "Python 4 is needed" in refused(capsys, run, "--script", named)
+    named.write_text("x = 1")
+    assert "Is it a JEDI script" in refused(capsys, run, "--script", named)
 
 
 def test_a_host_that_is_not_here(capsys, run_dir):
@@ -672,27 +789,10 @@ def test_a_host_that_is_not_here(capsys, run_dir):
 
 
 def test_a_taken_port_takes_the_next_and_says_so(capsys):
-    with play.listen("127.0.0.1", 0) as taken:
+    with serve.listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        with play.listen("127.0.0.1", port) as other:
+        with serve.listen("127.0.0.1", port) as other:
             assert other.getsockname()[1] > port
         assert f"port {port} is taken" in capsys.readouterr().out
         with pytest.raises(jedi.BadInput, match="are all taken"):
-            play.listen("127.0.0.1", port, tries=1)
-
-
-@pytest.mark.parametrize(
-    "header, listening, own",
-    [
-        ("127.0.0.1:8000", "127.0.0.1", True),
-        ("[::1]:8000", "::1", True),
-        ("localhost", "127.0.0.1", True),
-        ("box.lan:80", "127.0.0.1", False),
-        ("box.lan:80", "box.lan", True),
-        (socket.gethostname(), "0.0.0.0", True),
-        (socket.gethostname(), "127.0.0.1", False),
-        ("", "127.0.0.1", False),
-    ],
-)
-def test_names_of_this_machine(header, listening, own):
-    assert play.own_host(header, listening) == own
+            serve.listen("127.0.0.1", port, tries=1)

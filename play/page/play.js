@@ -10,11 +10,9 @@ const CODES = {
   KeyW: "up", KeyS: "down", KeyA: "left", KeyD: "right",
 };
 const SIGNS = { up: "↑", down: "↓", left: "←", right: "→", fire: "Space" };
-const CHART_STEPS = 150;
 const $ = (id) => document.getElementById(id);
 
 let socket = null, about = null, view = null, tries = 0, broken = false, started = false, stale = false;
-let history = []; // of the chart: {value, end, reward, gap}
 let times = []; // when the last steps came, for the rate
 let previewBusy = false, previewWanted = null;
 
@@ -51,7 +49,7 @@ function receive(buffer) {
 
 const handlers = {
   hello(header) {
-    [about, view, tries, started, history] = [header, null, 0, false, []];
+    [about, view, tries, started] = [header, null, 0, false];
     say("");
     introduce();
   },
@@ -138,30 +136,26 @@ function introduce() {
 
 function remember(next) {
   const lead = next.game ?? next.dream, before = view && (view.game ?? view.dream);
-  const fresh = !before || next.mode !== view.mode || lead.step < before.step || next.start !== view.start;
   if (next.start !== null && next.start !== view?.start) {
     $("moment").value = next.start;
     preview(next.start);
   }
   for (const name of ["game", "dream"]) {
-    const now = next[name], words = [];
-    if (!now || (view?.[name] && view[name].step === now.step && !now.done)) continue;
+    const now = next[name], then = view?.[name], words = [];
+    if (!now || (then && then.step === now.step && then.done === now.done)) continue;
     if (now.step && now.reward) words.push(`${now.reward > 0 ? "+" : "−"}${Math.abs(now.reward)}`);
     if (now.over) words.push(name === "game" ? "game over" : "the dream says: over");
     else if (now.end) words.push("life lost");
-    else if (now.done) words.push("the dream begins anew");
-    showEvent(name, words.join(" · "), now.done ? 3000 : 800);
+    else if (now.done) words.push("begins anew");
+    showEvent(name, words.join(" · "), now.done ? 3000 : 800, then && now.step < then.step);
   }
-  if (!fresh && lead.step === before.step) return; // a view of the same moment
-  history.push({ value: next.value, end: lead.step ? next.end_prob : null, reward: lead.reward, gap: fresh });
-  history = history.slice(-CHART_STEPS);
-  times = [...times, performance.now()].slice(-31);
+  if (lead.step !== before?.step) times = [...times, performance.now()].slice(-31);
 }
 
 const timers = {};
-function showEvent(name, text, milliseconds) {
+function showEvent(name, text, milliseconds, anew) {
   const box = $(`${name}event`);
-  if (!text && box.textContent && timers[name]) return; // what was said stays for its time
+  if (!text && timers[name] && !anew) return; // what was said stays for its time
   clearTimeout(timers[name]);
   box.replaceChildren();
   timers[name] = text ? setTimeout(() => { timers[name] = 0; box.replaceChildren(); }, milliseconds) : 0;
@@ -184,7 +178,6 @@ function draw() {
     return shade(values[(channel * high + (y % (high + 1))) * wide + (x % (wide + 1))]);
   });
   drawWords();
-  if ($("insides").open) drawChart();
 }
 
 function drawWords() {
@@ -192,13 +185,15 @@ function drawWords() {
   const score = (scene) => `score ${signed(scene.score.toLocaleString("en"))}`;
   if (view.game) $("gamestate").textContent = score(view.game);
   if (view.dream) {
-    $("dreamstate").textContent = `${view.dream.step} of ${view.length} · ${score(view.dream)}`;
+    $("dreamstep").textContent = `${view.dream.step} of ${view.length}`;
+    $("dreamstate").textContent = score(view.dream);
     drawTrust(view.dream.step);
   }
   const finger = matchMedia("(pointer: coarse)").matches;
   const key = Object.keys(about.keys).length === 0 ? "a number key" : finger ? "a button below" : "an arrow key";
   $("overlay").hidden = !view.paused;
-  $("overlay").textContent = started ? "PAUSED" : `Press ${key}`;
+  $("overlay").firstChild.textContent = started ? "PAUSED" : `Press ${key}`;
+  $("overlay").lastChild.hidden = started || view.mode !== "both";
   const [minus, , plus] = view.reward_probs, lead = view.game ?? view.dream;
   $("value").textContent = view.value === null ? "–" : signed(view.value.toFixed(2));
   $("guess").textContent = lead.step ? signed((plus - minus).toFixed(2)) : "–";
@@ -214,7 +209,7 @@ function drawWords() {
     button.classList.toggle("taken", view.action === i);
   });
   $("pause").textContent = view.paused ? "Go on" : "Pause";
-  $("screen").textContent = view.screen ? "show what the agent sees" : "show the game's own screen";
+  $("screen").textContent = view.screen ? "agent's view" : "own screen";
   $("record").classList.toggle("on", view.recording !== null);
   $("record").textContent = view.recording === null ? "Record GIF" : `Stop (${(view.recording / about.fps).toFixed(1)} s)`;
   setSlider("speed", Math.round(10 * Math.log10(view.speed)), `× ${view.speed.toFixed(view.speed < 1 ? 2 : 1)}`);
@@ -256,44 +251,6 @@ function paint(canvas, width, height, colour) { // colour(i) of the i-th pixel, 
   const context = canvas.getContext("2d"), image = context.createImageData(width, height);
   for (let i = 0; i < width * height; i++) image.data.set([...colour(i), 255], 4 * i);
   context.putImageData(image, 0, 0);
-}
-
-function drawChart() {
-  const canvas = $("chart"), ratio = devicePixelRatio || 1, width = canvas.clientWidth, height = canvas.clientHeight;
-  if (canvas.width !== Math.round(width * ratio)) [canvas.width, canvas.height] = [width * ratio, height * ratio].map(Math.round);
-  const pen = canvas.getContext("2d"), left = 40, right = width - 44, top = 18, bottom = height - 8;
-  const colours = getComputedStyle($("chart")), look = (name) => getComputedStyle(document.querySelector(name)).borderTopColor;
-  const blue = look(".line.blue"), orange = look(".line.orange");
-  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-  pen.clearRect(0, 0, width, height);
-  pen.font = "11px system-ui, sans-serif";
-  pen.textBaseline = "middle";
-  const values = history.map((h) => h.value).filter((v) => v !== null);
-  const low = Math.min(0, ...values), high = Math.max(0, low + 0.1, ...values);
-  const x = (i) => right - (history.length - 1 - i) * ((right - left) / (CHART_STEPS - 1));
-  const scale = (bottomValue, topValue) => (v) => bottom - ((v - bottomValue) / (topValue - bottomValue)) * (bottom - top);
-  const words = (texts, colour, align, where) => {
-    [pen.fillStyle, pen.textAlign] = [colour, align];
-    texts.forEach((text, i) => pen.fillText(text, where, [top, (top + bottom) / 2, bottom - 2][i]));
-  };
-  words([high.toFixed(2), "value", low.toFixed(2)], blue, "right", left - 4);
-  words(["100%", "end", "0%"], orange, "left", right + 4);
-  const curve = (key, y, style, dash) => {
-    pen.beginPath();
-    let on = false;
-    history.forEach((h, i) => {
-      if (h[key] === null) { on = false; return; }
-      if (on && !h.gap) pen.lineTo(x(i), y(h[key])); else pen.moveTo(x(i), y(h[key]));
-      on = true;
-    });
-    [pen.strokeStyle, pen.lineWidth] = [style, 2];
-    pen.setLineDash(dash);
-    pen.stroke();
-  };
-  curve("end", scale(0, 1), orange, [5, 3]);
-  curve("value", scale(low, high), blue, []);
-  [pen.fillStyle, pen.textAlign] = [colours.color, "center"];
-  history.forEach((h, i) => { if (h.reward && !h.gap) pen.fillText(h.reward > 0 ? "▲" : "▽", x(i), 8); });
 }
 
 // --- keys, touches, buttons
@@ -381,7 +338,6 @@ $("speed").addEventListener("input", () => send("speed", Math.min(10 ** ($("spee
 for (const id of ["sampling", "length"]) $(id).addEventListener("input", () => send(id, Number($(id).value)));
 $("moment").addEventListener("input", () => preview($("moment").value));
 $("dreamfrom").addEventListener("click", () => send("dream_from", Number($("moment").value)));
-$("insides").addEventListener("toggle", () => view && drawChart());
 // After a click the keys belong to the game again; who tabs to a button or slider keeps it.
 document.addEventListener("click", (event) => event.detail && event.target.closest("button, summary")?.blur());
 document.addEventListener("pointerup", (event) => event.target.matches("input") && event.target.blur());

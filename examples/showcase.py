@@ -1,7 +1,7 @@
-"""How the showcase was made, and how long its dreams hold: Pong, an hour and a half on one core.
+"""How play's showcase was made, and how long its dreams hold: Pong, an hour and a half on a core.
 
-    python -m play.showcase runs/showcase     # plays, learns, measures; then copy it to play/showcase
-    python -m play.showcase --measure play/showcase
+    python -m examples.showcase runs/showcase   # plays, learns, measures
+    python -m examples.showcase --measure play/showcase
 
 World model first: recorded play is nearly free, so there is much of it, by players who hold keys as
 people do, half of the games at random, half after the ball. Then the networks of jedi_atari.py
@@ -25,7 +25,7 @@ from play.runs import Parser, Run, keep_decoder, learn_decoder, load_run
 
 STEPS, STARTS = 120_000, 1_000  # of play to learn from; of other play, for dreams to start in
 SCHEDULE = ["diffusion"] * 7 + ["reward"]  # again and again
-UPDATES, POLICY_UPDATES = 21_000, 1_500
+UPDATES, POLICY_UPDATES = 15_000, 1_000
 DECAY = 0.3  # share of the updates at the end over which the learning rate falls to a twentieth
 MEASURED = (1, 5, 15, 30, 50)  # imagined steps
 NEAR = 4  # pixels: so far a thing may be from where the game has it
@@ -38,7 +38,7 @@ ARGS = jedi.PRESETS["small"] | dict(
 
 # ---- Playing -------------------------------------------------------------------------------------
 def find_ball(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(..., 64, 64, 3) uint8 frames of Pong -> is there a ball (...), where (..., 2): row, column."""
+    """(..., 64, 64, 3) uint8 frames -> is there a ball (...), where (..., 2), row and column."""
     field = frames[..., 11:58, 9:55, :].astype(float)  # without walls, score and paddles
     return centre(np.abs(field - (144, 72, 17)).mean(-1), 25)
 
@@ -94,7 +94,7 @@ def learn(agent: jedi.Agent, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: b
         found = jedi.update(agent, part, optimizers[part], replay, done[part], args, bf16)
         losses[part] = 0.99 * losses.get(part, found["loss"]) + 0.01 * found["loss"]
         done[part] += 1
-        if number % 1_000 == 999:
+        if number % 500 == 499:
             shown = {key: round(value.item(), 4) for key, value in losses.items()}
             print(f"{number + 1} of {len(todo)}", shown, flush=True)
     return done
@@ -146,7 +146,7 @@ def save(folder: Path, run_args: jedi.Args, agent, collector, about: str, metric
 
 
 def make(folder: Path) -> Run:
-    """All of it; about 80 minutes on one core."""
+    """All of it; about 75 minutes on one core."""
     if folder.exists() and any(folder.iterdir()):
         raise BadInput(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,8 @@ def make(folder: Path) -> Run:
     done = learn(agent, replay, args, bf16)
     minutes = (time.monotonic() - begun) / 60
     about = f"showcase, {STEPS:,} steps of recorded play, {time.strftime('%Y-%m-%d')}"
-    print(f"learned: {done}, {minutes:.0f} minutes in all, {'bf16' if bf16 else 'fp32'}", flush=True)
+    precision = "bf16" if bf16 else "fp32"
+    print(f"learned: {done}, {minutes:.0f} minutes in all, {precision}", flush=True)
     starts = jedi.Collector(dataclasses.replace(args, seed=2))
     args = dataclasses.replace(args, seed=2)  # the seed of the play that is kept
     play(starts, jedi.ReplayBuffer(STARTS + 100, torch.device("cpu")), STARTS, seed=2)
@@ -171,7 +172,7 @@ def make(folder: Path) -> Run:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 2 for bad input."""
-    parser = Parser(prog="python -m play.showcase", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m examples.showcase", description=__doc__.split("\n\n")[0])
     parser.add_argument("--measure", action="store_true", help="an existing folder; writes nothing")
     parser.add_argument("run_dir", type=Path, help="folder")
     try:
@@ -181,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{key:24} {value:.2f}")
         return 0
     except BadInput as error:
-        print(f"play.showcase: error: {error}", file=sys.stderr)
+        print(f"examples.showcase: error: {error}", file=sys.stderr)
         return 2
 
 
