@@ -49,7 +49,7 @@ import common
 import toys  # noqa: F401  (registers toys:Catch-v0)
 
 import jedi_atari as jedi
-import play_pictures
+from play import runs as trained
 
 # Sizes for a small machine with the papers' choices: what the variants are changed from.
 COMMON = common.NARROW | dict(
@@ -258,11 +258,11 @@ def run(game: str, name: str, seed: int, threads: int) -> dict:
 def pixel_ratios(args: jedi.Args, run_dir: Path, ahead: int = 3) -> dict[int, float]:
     """Squared error of decoded pictures / that of the last real frame, where the picture changes, 1 to `ahead` steps
     ahead; on play by a policy that has not learned, the same for all variants."""
-    made = play_pictures.load_run(run_dir, "cpu", args.threads)
+    made = trained.load_run(run_dir, "cpu", args.threads)
     agent, replay = made.agent, made.replay
     jedi.zero_(agent.policy.policy)
     with torch.enable_grad():
-        decoder = play_pictures.learn_decoder(agent, replay.frames[: replay.size], args.seed)
+        decoder = trained.learn_decoder(made, replay.frames[: replay.size])
     torch.manual_seed(args.seed)
     steps = 1_600 if args.env_id == "Pong" else 400
     heldout = common.play(jedi, agent, args, 1_000_000 + args.seed, steps)

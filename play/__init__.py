@@ -8,8 +8,8 @@
     env = DreamEnv("runs/Pong__...")       # reset() and step() happen in the world model alone
 
 runs.py: a trained run and its decoder. scenes.py: the game, its dream, DreamEnv. session.py:
-what an open page plays. server.py: its server. page/: the page. pictures.py. showcase/: what is played
-where no run is named, made by examples/showcase.py.
+what an open page plays. server.py: its server. page/: the page. showcase/: what is played where no
+run is named; examples/showcase.py made it.
 """
 
 from play.scenes import DreamEnv as DreamEnv

@@ -32,6 +32,8 @@ from jedi_atari import (
 from play.runs import Parser, Run
 
 PLUS, MINUS, END = "#0072B2", "#D55E00", "#000000"  # everybody can tell them apart (Okabe and Ito)
+# Maximum coverage keeps the rare colours too, as of a small paddle, which others make grey.
+PALETTE = dict(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
 COLUMNS = (0, 1, 2, 3, 5, 8, 11, 15)  # steps that a film strip shows
 
 
@@ -145,7 +147,9 @@ def film(moments: list[list[Shot]], milliseconds: int | list[int]) -> bytes:
         pen = ImageDraw.Draw(sheet)
         for side, shot in enumerate(shots):
             left, (text, colour) = side * (size + gap), event(shot.reward, shot.end)
-            sheet.paste(enlarged(shot.picture, 4), (left, head))
+            # A share of the palette each: a dream's many colours must not change the game's.
+            few = Image.fromarray(shot.picture).quantize(224 // len(shots), **PALETTE)
+            sheet.paste(enlarged(np.asarray(few.convert("RGB")), 4), (left, head))
             pen.text((left + 4, 8), shot.text, "black", font_size=16)
             pen.text((left + size - 4, 8), text, colour, font_size=18, anchor="ra")
         return sheet
@@ -156,9 +160,7 @@ def film(moments: list[list[Shot]], milliseconds: int | list[int]) -> bytes:
 
 def gif(sheets: Iterable[Image.Image], milliseconds: int | list[int]) -> bytes:
     """An animation of pictures, made one at a time: together they can be larger than memory."""
-    # Maximum coverage keeps the rare colours too, as of a small paddle, which others make grey.
-    look = dict(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    sheets, content = (sheet.quantize(256, **look) for sheet in sheets), io.BytesIO()
+    sheets, content = (sheet.quantize(256, **PALETTE) for sheet in sheets), io.BytesIO()
     options = dict(format="GIF", save_all=True, duration=milliseconds, loop=0)
     next(sheets).save(content, append_images=sheets, **options)
     return content.getvalue()

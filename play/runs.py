@@ -209,6 +209,8 @@ def decoder_loss(decoder: Decoder, z: Tensor, target: Tensor) -> Tensor:
     return (weight * (decoder(z) - target).square()).mean()
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def learn_decoder(run: Run, frames: Tensor) -> Decoder:
     """Learn from frames (N, 64, 64, 3) uint8; the agent learns nothing."""
     decoder, rng = new_decoder(run), np.random.default_rng(run.args.seed)

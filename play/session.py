@@ -198,30 +198,24 @@ class Session:
     def advance(self) -> bytes | None:
         """A step of what is shown; what has ended rests a moment, then begins anew. Returns what to
         show, if it is new."""
-        moved = False
+        playing = [name for name in self.shown if not self.ended(name)]
         with self.chance.drawn():
-            playing = [name for name in self.shown if not self.ended(name)]
             if playing:
                 self.action = self.choose()
-            for name in self.shown:
-                self.rest[name] = 0 if name in playing else self.rest[name] + 1
-                if name not in playing:
-                    continue
-                if name == "game":
-                    self.game.step(self.action)
-                else:
-                    self.dream.step(self.action, self.sample_steps)
-                moved = True
+            if "game" in playing:
+                self.game.step(self.action)
+            if "dream" in playing:
+                self.dream.step(self.action, self.sample_steps)
+        due = []
         for name, scene in self.shown.items():
-            if self.rest[name] <= (REST if scene.over else BREATH):
-                continue
-            if name == "game":
-                self.game.reset()
-                self.rest["game"] = 0
-            if name == "dream" or self.mode == "both":
-                self.dream_anew()
-            moved = True
-        if not moved:
+            self.rest[name] = 0 if name in playing else self.rest[name] + 1
+            due += [name] * (self.rest[name] > (REST if scene.over else BREATH))
+        if "game" in due:
+            self.game.reset()
+        if due and "dream" in self.shown:
+            self.dream_anew()
+        self.rest |= dict.fromkeys(due, 0)
+        if not (playing or due):
             return None
         self.note()
         return self.view()

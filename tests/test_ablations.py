@@ -17,7 +17,7 @@ import ablations
 import stochasticity
 
 import jedi_atari as jedi
-import play_pictures
+from play import runs
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ COMMAND = ["--games", "Catch", "--seeds", "3", "--threads", "1", "--only"]
 def test_a_run_and_its_table(tmp_path, monkeypatch, capsys):
     """One very small run, measured as the large ones; a second call makes none again, one of other settings is refused."""
     monkeypatch.setitem(ablations.GAMES, "Catch", ablations.GAMES["Catch"] | SMALL)
-    monkeypatch.setattr(play_pictures, "MAX_UPDATES", 2)
+    monkeypatch.setattr(runs, "UPDATES", 2)
     out = tmp_path / "new" / "a.jsonl"
     assert ablations.main([*COMMAND, "no clamp", "--out", str(out)]) == 0
     made = out.read_text()

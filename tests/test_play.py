@@ -54,6 +54,14 @@ def run(run_dir) -> runs.Run:
     return runs.load_run(run_dir, "cpu")
 
 
+def variant(run: runs.Run, **changes) -> runs.Run:
+    """The same run with something else in it, but its decoder and play."""
+    assert run.decoder and run.replay and run.meanings and run.metrics
+    other = dataclasses.replace(run, **changes)
+    other.__dict__.update({**run.__dict__, **other.__dict__})
+    return other
+
+
 @pytest.fixture
 def session(run):
     session = sessions.Session(run, seed=0)
@@ -120,7 +128,7 @@ def test_two_dreams_do_not_disturb_each_other(run):
 def test_a_dream_is_what_imagine_makes_of_the_same_draws(run, micro):
     """Latents step by step as in training, and R_psi carried step by step as when it sees all at once."""
     agent = random_agent(micro, len(run.meanings))
-    run = dataclasses.replace(run, agent=agent)
+    run = variant(run, agent=agent)
     n, steps, index = run.args.context_frames, 6, 20
     frames, taken, _ = scenes.recorded(run.replay, index, n)
     actions, chance = [3, 1, 0, 2, 2, 4], scenes.Chance(3, run.device)
@@ -149,7 +157,7 @@ def test_dreams_end_by_the_model_or_by_the_limit(run):
     def ended(end_bias: float) -> tuple:
         agent = random_agent(jedi.Args(**MICRO), len(run.meanings))
         agent.reward.head[-1].bias.data[3:] = torch.tensor([-end_bias, end_bias])
-        env = DreamEnv(dataclasses.replace(run, agent=agent), max_steps=2)
+        env = DreamEnv(variant(run, agent=agent), max_steps=2)
         env.reset(seed=0)
         return tuple(env.step(0)[2:4] for _ in range(2))
 
@@ -335,7 +343,7 @@ def test_a_run_s_own_error_sets_the_length_of_its_dreams(run, session):
     assert run.open_loop and session.length == len(run.open_loop)
     _, hello, _ = unpack(session.hello())
     assert hello["open_loop"] == [pytest.approx(x, abs=1e-4) for x in run.open_loop]
-    unmeasured = dataclasses.replace(run)
+    unmeasured = variant(run)
     unmeasured.__dict__["metrics"] = []
     other = sessions.Session(unmeasured, seed=0)
     assert other.length == 15
@@ -439,7 +447,7 @@ def test_steps_per_second(run, mode):
     other jobs may use the machine. The figure is printed."""
     args = jedi.Args(**jedi.PRESETS["tiny"] | {"preset": "tiny"})
     agent = random_agent(args, len(run.meanings)).to(memory_format=torch.channels_last)
-    session = sessions.Session(dataclasses.replace(run, args=args, agent=agent), seed=0)
+    session = sessions.Session(variant(run, args=args, agent=agent), seed=0)
     session.do_length(500)
     session.do_mode([mode, "agent"])
     times = []
