@@ -5,6 +5,7 @@ for people only, and kept in the run folder as decoder.pt.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -81,10 +82,11 @@ class Run:
 
     @functools.cached_property
     def metrics(self) -> list[dict]:
-        """The rows of metrics.jsonl; a checkpoint that was copied alone has most of them."""
-        path = self.folder / "metrics.jsonl"
-        text = path.read_text() if path.exists() else self.saved["metrics"]
-        return [json.loads(line) for line in text.splitlines()]
+        """The rows of metrics.jsonl; if it is missing or cut, those in the checkpoint: most."""
+        for read in ((self.folder / "metrics.jsonl").read_text, lambda: self.saved["metrics"]):
+            with contextlib.suppress(OSError, ValueError):
+                return [json.loads(line) for line in read().splitlines()]
+        return []
 
     @property
     def open_loop(self) -> list[float]:

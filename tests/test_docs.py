@@ -29,7 +29,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
-    *(ROOT / name / "README.md" for name in ("benchmark", "results")),
+    *(ROOT / name / "README.md" for name in ("benchmark", "results", "play/showcase")),
 ]
 HISTORY = ROOT / "docs" / "log.md"  # its names and commands are those of their day
 ids = {"ids": lambda value: str(value.relative_to(ROOT)) if isinstance(value, Path) else None}
@@ -347,7 +347,7 @@ class Parsed(Exception):
 
 def parse_with_argparse(path: Path, argv: list[str]) -> None:
     """Let a script's own function judge its arguments, or else run it up to where argparse has accepted them."""
-    has_parser = re.search(r"argparse|common\.parser", path.read_text())
+    has_parser = re.search(r"argparse|common\.parser|Parser\(", path.read_text())
     assert has_parser, f"no rule for {path.name}: it has no parser"
     parse = argparse.ArgumentParser.parse_args
 
@@ -384,6 +384,11 @@ def check_pytest(argv: list[str]) -> None:
 def check_python(argv: list[str], folder: Path) -> None:
     if argv[:2] == ["-m", "pytest"]:
         return check_pytest(argv[2:])
+    if argv[0] == "-m":
+        script = ROOT / argv[1].replace(".", "/")
+        script = script / "__main__.py" if script.is_dir() else script.with_suffix(".py")
+        assert script.is_file(), f"{argv[1]} does not exist"
+        return parse_with_argparse(script, argv[2:])
     script, rest = ROOT / argv[0], argv[1:]
     assert script.is_file(), f"{argv[0]} does not exist"
     if script.stem in ("jedi_atari", "jedi_atari_stochastic") and script.parent == ROOT:
@@ -459,7 +464,9 @@ def test_a_command_is_understood(page, line, tmp_path):
         "python jedi_atari_stochastic.py --frame-skip 4",
         "python tests/nothing.py",
         "python tests/toys.py",
-        "python play.py runs/x --prt 3",
+        "python -m play runs/x --prt 3",
+        "python -m play.pictures",
+        "python -m play.films runs/x",
         "python benchmark/report.py",
         "python -m pytest -m quick",
         "python -m pytest tests/test_nothing.py",

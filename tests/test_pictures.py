@@ -336,13 +336,13 @@ def test_the_backend_of_a_notebook_costs_no_picture(backend):
     assert done.stdout == "drawn\n", done.stderr
 
 
-def test_what_cannot_be_drawn_costs_no_other_picture(run_dir, tmp_path, monkeypatch):
-    """The curves come last: the dreams are written by then."""
+def test_metrics_that_were_cut_are_had_from_the_checkpoint(run_dir, tmp_path):
+    whole = runs.load_run(run_dir, "cpu", 1)
     shutil.copytree(run_dir, tmp_path / "r")
-    (tmp_path / "r" / "metrics.jsonl").write_text("broken")
-    with pytest.raises(json.JSONDecodeError):
-        pictures.main([str(tmp_path / "r"), "--device", "cpu", "--threads", "1"])
-    assert (tmp_path / "r" / "dreams" / "final.png").exists()
+    with open(tmp_path / "r" / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 3.0, "charts/env')
+    cut = runs.load_run(tmp_path / "r", "cpu", 1)
+    assert cut.metrics == whole.metrics[: len(cut.metrics)] and len(cut.metrics) > 1
 
 
 def test_a_checkpoint_alone_is_enough(run_dir, tmp_path, capsys):
