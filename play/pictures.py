@@ -115,7 +115,7 @@ def enlarged(picture: np.ndarray, factor: int) -> Image.Image:
 
 def film_strip(dream: Dreamed, title: str) -> Image.Image:
     """Three rows of eight pictures: the real game, its latents decoded, and the dream."""
-    size, gap, left, top, below = 4 * IMAGE_SIZE, 12, 180, 84, 40
+    size, gap, left, top, below = 4 * IMAGE_SIZE, 12, 200, 84, 40
     columns = [step for step in COLUMNS if step < dream.pictures.shape[1]]
     shape = (left + len(columns) * (size + gap), top + 3 * (size + below))
     sheet = Image.new("RGB", shape, "white")
@@ -128,7 +128,7 @@ def film_strip(dream: Dreamed, title: str) -> Image.Image:
         x, y = left + column * (size + gap), top + row * (size + below)
         if row == 0:
             name = f"step {step}" if step else "now"
-            pen.text((x + size / 2, y - 7), name, "black", font_size=24, anchor="mb")
+            pen.text((x + size / 2, y - 12), name, "black", font_size=24, anchor="ms")
         if row != 1:
             text, colour = event(dream.rewards[row // 2, step], dream.ends[row // 2, step])
             pen.text((x + size / 2, y + size + 6), text, colour, font_size=26, anchor="ma")
@@ -223,7 +223,8 @@ def learning_curves(rows: list[dict], title: str, args: Args) -> Image.Image | N
             colour, marker, dash = look
             x, y = (np.array([row[k] for row in points]) for k in ("charts/env_steps", key))
             if key == "eval/mean_return":
-                label = f"{label}, {args.eval_episodes} games each"
+                count = args.eval_episodes
+                label = f"{label}, {count} game{'s' * (count > 1)} each"
                 # The first is random play, of as many games as the last evaluation has.
                 first, later = args.final_episodes, args.eval_episodes
                 games = [later if row["epoch"] else first for row in points]

@@ -140,6 +140,8 @@ def load_run(
     folder: Path, device: str = "auto", threads: int = 0, script: Path | None = None
 ) -> Run:
     """Read a run's folder; writes nothing. Raises `BadInput` if it cannot be used here."""
+    if not folder.is_dir():
+        raise BadInput(f"there is no folder {folder}; name that of a run, as runs/Pong__...")
     saved = jedi_atari.load_checkpoint(folder)
     module = load_script(saved["script"], folder, script)
     try:

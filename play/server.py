@@ -76,12 +76,13 @@ class Tab:
         try:
             await job(*arguments)
         except (ConnectionError, aiohttp.ClientError):
-            await self.ws.close()  # the page is gone
+            pass  # the page is gone
         except Exception as error:
             print(traceback.format_exc(), file=sys.stderr, flush=True)
             text = f"{type(error).__name__}; the terminal says more"
             with contextlib.suppress(ConnectionError, aiohttp.ClientError):
                 await self.ws.send_bytes(pack("error", {"text": text}))
+        with contextlib.suppress(ConnectionError, aiohttp.ClientError):
             await self.ws.close()
 
     async def play(self) -> None:

@@ -148,7 +148,7 @@ def test_a_film_strip_marks_what_happened_where_it_happened():
     dream = a_dream()
     nothing = dream._replace(rewards=dream.rewards * 0, ends=dream.ends & False)
     strip, plain = (np.asarray(pictures.film_strip(d, "a title")) for d in (dream, nothing))
-    left, width = 180, 256 + 12
+    left, width = 200, 256 + 12
     assert strip.shape[1] == left + 8 * width
     starts = [left + c * width for c in range(8)]
     changed = {c for c in range(8) if (strip != plain)[:, starts[c] : starts[c] + 256].any()}

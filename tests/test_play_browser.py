@@ -169,7 +169,7 @@ def test_it_opens_still_and_begins_with_an_arrow_key(browser, address, tmp_path)
             r"preset \w+, seed 0, 130 steps of play, 20\d\d-\d\d-\d\d", text(page, "#about")
         )
         assert text(page, "#overlay b") == "Press an arrow key"
-        assert {"↑ RIGHT", "↓ LEFT", "Space FIRE"} <= set(
+        assert {"↑ up (RIGHT)", "↓ down (LEFT)", "Space FIRE"} <= set(
             page.locator("#keys span").all_inner_texts()
         )
         for needed in ("nav", "main", "#game", "#dream", "#trusttext", "#controls", "#keys"):
@@ -204,8 +204,8 @@ def test_the_three_choices(page):
         return only
 
     assert pressed() == "Both, same keys"
-    for choice, panels in (("1 Play the game", ["game"]), ("2 Play the dream", ["dream"]),
-                           ("3 Watch the agent", ["game", "dream"])):  # fmt: skip
+    for choice, panels in (("Play the game", ["game"]), ("Play the dream", ["dream"]),
+                           ("Watch the agent", ["game", "dream"])):  # fmt: skip
         page.click(f"text={choice}")
         wait_for(page, f"view.mode === '{'both' if len(panels) == 2 else panels[0]}'")
         page.wait_for_timeout(100)
@@ -213,11 +213,14 @@ def test_the_three_choices(page):
         shown = [n for n in ("game", "dream") if page.locator(f".panel.{n}").is_visible()]
         assert shown == panels
     wait_for(page, "view.player === 'agent' && view.action > 0")
+    assert "the agent plays" in text(page, "#gamestate")
+    page.keyboard.press("ArrowUp")  # takes over
+    wait_for(page, "view.player === 'human'")
 
 
 def test_watching_the_agent_begins_at_once(browser, address):
     with opened(browser, address, going=False) as page:
-        page.click("text=3 Watch the agent")
+        page.click("text=Watch the agent")
         wait_steps(page, 3)
 
 
@@ -227,7 +230,7 @@ def test_a_dream_shows_its_length_and_how_far_to_trust_it(page, address):
     page.locator("#length").fill("5")
     wait_text(page, "#lengthout", "^5 steps$")
     wait_text(page, "#dreamstep", r"^\d of 5$")
-    page.click("text=2 Play the dream")
+    page.click("text=Play the dream")
     paused(page)
     page.click("text=Dream from this frame")
     wait_text(page, "#dreamstep", "^0 of 5$")
@@ -238,7 +241,8 @@ def test_a_dream_shows_its_length_and_how_far_to_trust_it(page, address):
         if page.evaluate("view.dream.over"):
             return  # an untrained model may say so
         error = page.evaluate(f"about.open_loop[{step - 1}]")
-        says = f"good: error {error:.2f}" if error < 0.5 else f"fair: error {error:.2f}"
+        word = "good" if error < 0.5 else "fair"
+        says = f"{word}: {error:.2f} of a still picture's error"
         wait_text(page, "#trusttext", says if error <= 1 else "^worse than a still picture$")
     wait_text(page, "#dreamevent", "^begins anew$")
     page.keyboard.press("p")
@@ -247,7 +251,7 @@ def test_a_dream_shows_its_length_and_how_far_to_trust_it(page, address):
 
 def test_the_game_s_own_screen(page):
     page.click("#screen")
-    wait_text(page, "#screen", "^agent's view$")
+    wait_text(page, "#screen", "^the agent's picture$")
     wait_for(page, "document.getElementById('game').width === 160")
     assert pixels(page).shape == (210, 160, 3)
     page.click("#screen")
@@ -305,14 +309,14 @@ def test_the_dream_answers_to_actions(page):
 
 def test_the_game_waits_while_the_dream_is_played(page):
     wait_steps(page, 10)
-    page.click("text=1 Play the game")
+    page.click("text=Play the game")
     paused(page)
     steps, frame = step_count(page), pixels(page)
     page.keyboard.press("m")
     wait_for(page, "view.mode === 'dream' && view.start === null")
     page.keyboard.press("n")
     wait_for(page, "view.dream.step === 1")
-    page.click("text=1 Play the game")
+    page.click("text=Play the game")
     wait_for(page, "view.mode === 'game'")
     assert step_count(page) == steps and np.array_equal(pixels(page), frame)
 
@@ -335,7 +339,7 @@ def test_restart_from_a_chosen_frame_of_the_replay(page):
     paused(page)
     page.click("#insides summary")
     page.locator("#moment").fill("25")
-    wait_text(page, "#momentout", r"^25 of \d+$")
+    wait_text(page, "#momentout", r"^25 \(0 to \d+\)$")
     page.click("#dreamfrom")
     wait_for(page, "view.start === 25 && view.dream.step === 0")
     page.keyboard.press("r")
@@ -365,7 +369,7 @@ def test_a_recording_is_downloaded_as_gif(page, tmp_path):
 
 def test_two_tabs_play_each_their_own(browser, address, page):
     with opened(browser, address) as other:
-        other.click("text=2 Play the dream")
+        other.click("text=Play the dream")
         wait_for(other, "view.mode === 'dream'")
         wait_steps(page, 3)
         assert page.evaluate("view.mode") == "both"
@@ -377,10 +381,10 @@ def test_on_a_phone_the_touch_buttons_play(browser, address, tmp_path, size):
     touch = dict(viewport=size, has_touch=True, is_mobile=True, device_scale_factor=2)
     with opened(browser, address, going=False, **touch) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
-        assert text(page, "#overlay b") == "Press a button below"
+        assert text(page, "#overlay b") == "Press an arrow button"
         for needed in ("nav", "main", "#pause", "#restart"):
             assert inside(page, needed), needed
-        for key, meaning in (("up", "RIGHT"), ("down", "LEFT"), ("fire", "FIRE")):
+        for key, meaning in (("up", "up (RIGHT)"), ("down", "down (LEFT)"), ("fire", "FIRE")):
             assert (
                 inside(page, f"[data-key={key}]")
                 and text(page, f"[data-key={key}] small") == meaning
@@ -394,7 +398,7 @@ def test_on_a_phone_the_touch_buttons_play(browser, address, tmp_path, size):
                 wait_steps(page, 25)
                 heights[key] = paddle(page)
         assert heights["down"] - heights["up"] > 15
-        for choice in ("1 Play the game", "2 Play the dream", "Both, same keys"):  # nothing jumps
+        for choice in ("Play the game", "Play the dream", "Both, same keys"):  # nothing jumps
             page.tap(f"text={choice}")
             page.wait_for_timeout(200)
             places.add(page.locator("nav").bounding_box()["y"])

@@ -99,6 +99,11 @@ function element(name, text, where, className = "") {
   return made;
 }
 
+function says(key) { // what a key does in this game: "UP", but in Pong, where RIGHT moves up, "up (RIGHT)"
+  const meaning = about.keys[key] ?? "";
+  return meaning.toLowerCase() === key ? meaning : `${key} (${meaning})`;
+}
+
 function introduce() {
   $("name").textContent = about.game;
   $("about").textContent = about.about + (about.chance ? ". Actions sometimes stick, and last for a random time" : "");
@@ -115,7 +120,7 @@ function introduce() {
   $("insides").open = !known.length; // actions without keys are chosen there
   $("keys").replaceChildren();
   const digits = `0–${Math.min(9, about.actions.length - 1)}`;
-  for (const [keys, text] of [...known.map(([key, meaning]) => [SIGNS[key], meaning]), [digits, "action by number"],
+  for (const [keys, text] of [...known.map(([key]) => [SIGNS[key], says(key)]), [digits, "action by number"],
     ["P", "pause"], ["N", "one step"], ["R", "new start"], ["M", "both, game or dream"], ["T", "you or the agent"], ["G", "record"]]) {
     const span = element("span", "", $("keys"));
     element("kbd", keys, span);
@@ -124,7 +129,7 @@ function introduce() {
   document.querySelectorAll("[data-key]").forEach((button) => {
     button.hidden = !(button.dataset.key in about.keys);
     button.querySelector("small")?.remove();
-    element("small", about.keys[button.dataset.key] ?? "", button);
+    element("small", says(button.dataset.key), button);
   });
   $("cross").classList.toggle("narrow", !("left" in about.keys || "right" in about.keys));
   $("screen").hidden = !about.has_screen;
@@ -182,18 +187,20 @@ function draw() {
 
 function drawWords() {
   const percent = (x) => (x === null ? "–" : x < 0.1 ? `${(100 * x).toFixed(1)}%` : `${(100 * x).toFixed(0)}%`);
-  const score = (scene) => `score ${signed(scene.score.toLocaleString("en"))}`;
-  if (view.game) $("gamestate").textContent = score(view.game);
+  const points = (scene) => signed(scene.score.toLocaleString("en"));
+  const who = view.player === "agent" ? "the agent plays · " : "";
+  if (view.game) $("gamestate").textContent = `${who}score ${points(view.game)}`;
   if (view.dream) {
     $("dreamstep").textContent = `${view.dream.step} of ${view.length}`;
-    $("dreamstate").textContent = score(view.dream);
+    $("dreamstate").textContent = `${view.game ? "" : who}points ${points(view.dream)}`;
     drawTrust(view.dream.step);
   }
   const finger = matchMedia("(pointer: coarse)").matches;
-  const key = Object.keys(about.keys).length === 0 ? "a number key" : finger ? "a button below" : "an arrow key";
+  const key = Object.keys(about.keys).length === 0 ? "a number key" : finger ? "an arrow button" : "an arrow key";
   $("overlay").hidden = !view.paused;
   $("overlay").firstChild.textContent = started ? "PAUSED" : `Press ${key}`;
-  $("overlay").lastChild.hidden = started || view.mode !== "both";
+  $("overlay").lastChild.textContent = started ? (finger ? "" : "P goes on")
+    : view.mode === "both" ? "the same keys steer the game and its dream" : "";
   const [minus, , plus] = view.reward_probs, lead = view.game ?? view.dream;
   $("value").textContent = view.value === null ? "–" : signed(view.value.toFixed(2));
   $("guess").textContent = lead.step ? signed((plus - minus).toFixed(2)) : "–";
@@ -208,8 +215,8 @@ function drawWords() {
     button.style.background = `linear-gradient(90deg, var(--bar) ${share}, transparent ${share})`;
     button.classList.toggle("taken", view.action === i);
   });
-  $("pause").textContent = view.paused ? "Go on" : "Pause";
-  $("screen").textContent = view.screen ? "agent's view" : "own screen";
+  $("pause").textContent = !view.paused ? "Pause" : started ? "Go on" : "Start";
+  $("screen").textContent = view.screen ? "the agent's picture" : "Atari's own picture";
   $("record").classList.toggle("on", view.recording !== null);
   $("record").textContent = view.recording === null ? "Record GIF" : `Stop (${(view.recording / about.fps).toFixed(1)} s)`;
   setSlider("speed", Math.round(10 * Math.log10(view.speed)), `× ${view.speed.toFixed(view.speed < 1 ? 2 : 1)}`);
@@ -226,7 +233,8 @@ function drawTrust(step) { // by the error measured so many steps ahead, as a sh
   $("trust").firstChild.style.left = `${Math.min(100, (100 * step) / view.length)}%`;
   const now = error(step);
   $("trusttext").textContent = !step ? "sees a real frame" : now === null ? "error not measured"
-    : now < 0.5 ? `good: error ${now.toFixed(2)}` : now <= 1 ? `fair: error ${now.toFixed(2)}` : "worse than a still picture";
+    : now < 0.5 ? `good: ${now.toFixed(2)} of a still picture's error`
+    : now <= 1 ? `fair: ${now.toFixed(2)} of a still picture's error` : "worse than a still picture";
   $("trusttext").title = "prediction error / error of predicting no change, measured on other play";
 }
 
@@ -262,7 +270,9 @@ function hold(source, key) {
   if (key !== null) held.set(source, key);
   const keys = [...new Set(held.values())], chosen = keys.filter((k) => k.startsWith("action ")).at(-1);
   send("hold", { keys: keys.filter((k) => !k.startsWith("action ")), action: chosen ? Number(chosen.slice(7)) : null });
-  if (key !== null && view && !started) send("pause", false); // the still picture begins to move
+  if (key === null || !view) return;
+  if (view.player === "agent") mode(`${view.mode} human`); // whoever presses a key takes over
+  if (!started) send("pause", false); // the still picture begins to move
 }
 
 function release() {
@@ -292,7 +302,7 @@ function holdWhilePressed(button, key) {
 }
 
 function preview(index) {
-  $("momentout").textContent = `${Number(index).toLocaleString("en")} of ${about.replay.toLocaleString("en")}`;
+  $("momentout").textContent = `${Number(index).toLocaleString("en")} (0 to ${(about.replay - 1).toLocaleString("en")})`;
   [previewWanted, previewBusy] = previewBusy ? [index, true] : [null, true];
   if (previewWanted === null) send("preview", Number(index));
 }
@@ -337,7 +347,12 @@ $("screen").addEventListener("click", () => send("screen", !view.screen));
 $("speed").addEventListener("input", () => send("speed", Math.min(10 ** ($("speed").value / 10), about.speeds[1])));
 for (const id of ["sampling", "length"]) $(id).addEventListener("input", () => send(id, Number($(id).value)));
 $("moment").addEventListener("input", () => preview($("moment").value));
-$("dreamfrom").addEventListener("click", () => send("dream_from", Number($("moment").value)));
+$("dreamfrom").addEventListener("click", () => {
+  send("dream_from", Number($("moment").value));
+  scrollTo(0, 0);
+});
+document.querySelector("main").addEventListener("click", (event) =>
+  view && !started && !event.target.closest("button") && send("pause", false));
 // After a click the keys belong to the game again; who tabs to a button or slider keeps it.
 document.addEventListener("click", (event) => event.detail && event.target.closest("button, summary")?.blur());
 document.addEventListener("pointerup", (event) => event.target.matches("input") && event.target.blur());
