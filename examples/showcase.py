@@ -105,6 +105,8 @@ def learn(agent: jedi.Agent, replay: jedi.ReplayBuffer, args: jedi.Args, bf16: b
 def measure(run: Run, starts: int = 100) -> dict:
     """How long a dream of Pong holds, over so many starts in play that nothing was learned from:
     the same actions in the game and in its dream."""
+    if run.game != "Pong":
+        raise BadInput(f"{run.folder} is a run of {run.game}; only Pong's ball is known here")
     args = dataclasses.replace(run.args, seed=10**6)
     collector, heldout = jedi.Collector(args), jedi.ReplayBuffer(8_000, torch.device("cpu"))
     play(collector, heldout, 7_000, seed=10**6)
@@ -181,9 +183,11 @@ def main(argv: list[str] | None = None) -> int:
         for key, value in (measure(run) if options.measure else run.metrics[-1]).items():
             print(f"{key:24} {value:.2f}")
         return 0
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         print(f"examples.showcase: error: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        print("examples.showcase: stopped", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jedi_atari import BadInput
 from play.runs import SHOWCASE, Parser
-from play.server import serve
+from play.server import listen, serve
 
 
 def parse(argv: list[str]) -> tuple[Parser, argparse.Namespace]:
@@ -23,6 +23,8 @@ def parse(argv: list[str]) -> tuple[Parser, argparse.Namespace]:
     text = "of the first tab's game and dreams; the next has the next"
     parser.add_argument("--seed", type=int, default=0, help=text)
     options = parser.parse_args(argv)
+    if not options.host:
+        raise BadInput("--host is empty; use 127.0.0.1, or 0.0.0.0 for all addresses")
     for name, low, high in (("port", 0, 65_535), ("threads", 0, 1_024), ("seed", 0, 2**31 - 1)):
         if not low <= (value := getattr(options, name)) <= high:
             raise BadInput(f"--{name} is {value}; it must be from {low} to {high}")
@@ -33,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 when it was stopped, 2 for bad input."""
     try:
         parser, options = parse(sys.argv[1:] if argv is None else argv)
-        run = parser.load(options)
+        run, sock = parser.load(options), listen(options.host, options.port)
         print(f"loaded   {run.decoder and run.folder}")  # the decoder is learned now, not in a tab
-        asyncio.run(serve(run, options))
+        asyncio.run(serve(run, sock, options))
     except BadInput as error:
         print(f"play: error: {error}", file=sys.stderr)
         return 2

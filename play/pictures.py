@@ -271,13 +271,18 @@ def draw_dreams(run: Run) -> dict[str, bytes]:
         stretch = len(run.open_loop) or MAX_OPEN_LOOP
         dream = dream_of(run, eventful_window(heldout, longest), stretch)
         pictures["dreams/play.gif"] = film(moments_of(dream), 70)
+    else:
+        print("no dreams: the game was over before a dream of one step could begin")
     return pictures
 
 
 def draw_curves(run: Run) -> dict[str, bytes]:
     """Name and content of the picture of what metrics.jsonl holds, if that is enough for one."""
     curves = learning_curves(run.metrics, f"{run.game}, {run.about}", run.args)
-    return {} if curves is None else {"curves.png": png(curves)}
+    if curves is None:
+        print(f"no curves: fewer than {FEWEST} points")
+        return {}
+    return {"curves.png": png(curves)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import io
 import json
 import sys
@@ -29,7 +29,7 @@ from jedi_atari import BadInput, progress, write_atomically
 ROOT = Path(__file__).resolve().parents[1]
 SHOWCASE = Path(__file__).resolve().parent / "showcase"  # what is played where no run is named
 NEEDED = (
-    "Args BadInput Collector ReplayBuffer Windows load_args make_env masked_lstm open_loop set_up"
+    "Args BadInput Collector LATENT_SHAPE ReplayBuffer make_env masked_lstm open_loop set_up"
     " resolve_env_id sample_categorical sample_next_latent"
 ).split()  # of a script
 
@@ -83,9 +83,12 @@ class Run:
     @functools.cached_property
     def metrics(self) -> list[dict]:
         """The rows of metrics.jsonl; if it is missing or cut, those in the checkpoint: most."""
+        keys = {"epoch", "charts/env_steps"}
         for read in ((self.folder / "metrics.jsonl").read_text, lambda: self.saved["metrics"]):
-            with contextlib.suppress(OSError, ValueError):
-                return [json.loads(line) for line in read().splitlines()]
+            with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):
+                rows = [json.loads(line) for line in read().splitlines()]
+                rows = [{k: float(v) for k, v in row.items()} for row in rows]
+                return [row for row in rows if row.keys() >= keys]
         return []
 
     @property
@@ -97,12 +100,12 @@ class Run:
                 return found
         return []
 
-    @property
+    @functools.cached_property
     def about(self) -> str:
         """Preset, seed, steps and date."""
         there = (self.folder / name for name in ("checkpoint.pt", "checkpoint.prev.pt"))
-        times = [path.stat().st_mtime for path in there if path.exists()]
-        date = time.strftime("%Y-%m-%d", time.localtime(max(times)))
+        newest = max((path.stat().st_mtime for path in there if path.exists()), default=0)
+        date = time.strftime("%Y-%m-%d", time.localtime(newest))
         steps = self.saved["collector"]["steps"]
         text = f"preset {self.args.preset}, seed {self.args.seed}, {steps:,} steps of play, {date}"
         return self.saved.get("about", text)  # the showcase has its own
@@ -112,20 +115,22 @@ def load_script(name: str, folder: Path, named: Path | None = None) -> ModuleTyp
     """The script that made a run: the one `named`, the copy in its folder, or the one of this name
     beside play/. It is run: use folders that you trust. Raises `BadInput`."""
     choices = [named] if named else [folder / f"{name}.py", ROOT / f"{name}.py"]
-    path = next((path for path in choices if path.is_file()), None)
-    if path is None or Path(name).name != name:
-        raise BadInput(f"the run was made by {name}.py, which is not there; name it with --script")
-    content = path.read_bytes()
-    own = ROOT / f"{name}.py"
+    try:
+        path = next((path for path in choices if path.is_file()), None)
+        if path is None or Path(name).name != name:
+            text = f"there is no script {named}" if named else f"the run was made by {name}.py, "
+            raise BadInput(text if named else text + "which is not there; name it with --script")
+        content, own = path.read_bytes(), ROOT / f"{name}.py"
+    except OSError as error:
+        raise BadInput(f"cannot read the script: {error}") from None
     if own.is_file() and own.read_bytes() == content:
-        key, path = name, own  # one module for all runs of today's script
-    else:
-        key = f"{path.stem}_{zlib.crc32(content):08x}"
+        return importlib.import_module(name)  # one module for all runs of today's script
+    key = f"{path.stem}_{zlib.crc32(content):08x}"
     if key not in sys.modules:
-        spec = importlib.util.spec_from_file_location(key, path)
-        sys.modules[key] = module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module = ModuleType(key)  # dataclasses look it up there
+        module.__file__ = str(path)
         try:
-            spec.loader.exec_module(module)
+            exec(compile(content, path, "exec"), module.__dict__)  # an import would write a cache
         except (Exception, SystemExit) as error:
             del sys.modules[key]
             raise BadInput(f"{path} cannot be loaded: {type(error).__name__}: {error}") from None
@@ -143,16 +148,20 @@ def load_run(
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}; name that of a run, as runs/Pong__...")
     saved = jedi_atari.load_checkpoint(folder)
-    module = load_script(saved["script"], folder, script)
+    if not len(saved.get("collector", {}).get("actions", ())):
+        raise BadInput(f"{folder / 'checkpoint.pt'} holds no play, from which dreams could start")
+    module, arguments = load_script(saved["script"], folder, script), json.loads(saved["args"])
+    other = f"{folder} was made by another version of {saved['script']}.py than {module.__file__}"
+    if arguments.keys() != {field.name for field in dataclasses.fields(module.Args)}:
+        raise BadInput(f"{other}: other arguments. Name the right one with --script")
+    here = dict(device=device, threads=threads, precision="fp32", compile=False, resume=False)
+    args = module.Args(**arguments | here)
+    with torch.random.fork_rng([]):  # set_up seeds it for a run
+        collector, agent, _ = module.set_up(args)
     try:
-        here = dict(device=device, threads=threads, precision="fp32", compile=False, resume=False)
-        args = dataclasses.replace(module.load_args(folder), **here)
-        with torch.random.fork_rng([]):  # set_up seeds it for a run
-            collector, agent, _ = module.set_up(args)
         agent.load_state_dict(saved["agent"])
     except RuntimeError:
-        text = f"{folder} was made by another version of {saved['script']}.py: other networks"
-        raise BadInput(f"{text}. Name the right one with --script") from None
+        raise BadInput(f"{other}: other networks. Name the right one with --script") from None
     return Run(folder, module, args, frozen(agent), saved, collector)
 
 

@@ -143,7 +143,7 @@ class RealGame(Scene):
         frames = torch.from_numpy(self.frame)[None].to(self.run.device)
         self.follow(self.run.agent.encode(frames), action)
         self.score += self.reward
-        self.end, self.over = info["end"], terminated or truncated
+        self.end, self.over = bool(info["end"]), bool(terminated or truncated)
         if info["stop"] and not self.over:
             # A life is lost: as in training the world model starts anew; the policy plays on.
             kept = self.policy_state, self.logits, self.value
@@ -210,7 +210,9 @@ class DreamEnv(gym.Env):
     ):
         self.run = run if isinstance(run, Run) else load_run(Path(run), device)
         self.max_steps, self.render_mode = max_steps, render_mode
-        self.sample_steps = sample_steps or self.run.args.sample_steps
+        self.sample_steps = self.run.args.sample_steps if sample_steps is None else sample_steps
+        if self.sample_steps < 1 or max_steps < 1:
+            raise ValueError("max_steps and sample_steps must be at least 1")
         self.observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.action_space = gym.spaces.Discrete(len(self.run.meanings))
         self.dream: Dream | None = None
@@ -232,6 +234,8 @@ class DreamEnv(gym.Env):
         """Imagine one step."""
         if self.dream is None:
             raise gym.error.ResetNeeded("call reset() before step()")
+        if not 0 <= action < self.action_space.n:
+            raise gym.error.InvalidAction(f"{action}; use 0 to {self.action_space.n - 1}")
         dream = self.dream
         with self.chance.drawn():
             dream.step(int(action), self.sample_steps)

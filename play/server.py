@@ -58,14 +58,11 @@ class Tab:
         """Serve the page until it is closed, in whatever way."""
         work = self.server.work
         self.session = await work(Session, self.server.run, self.server.next_seed())
-        play = None
+        play = asyncio.create_task(self.reported(self.play))
         try:
-            await self.ws.send_bytes(self.session.hello())
-            await self.ws.send_bytes(await work(self.session.view))
-            play = asyncio.create_task(self.reported(self.play))
             await self.reported(self.listen)
         finally:
-            tasks = [task for task in (play, *self.films) if task]
+            tasks = [play, *self.films]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -74,7 +71,7 @@ class Tab:
     async def reported(self, job, *arguments) -> None:
         """Do a job; what goes wrong in it ends this tab alone, and is said here and on the page."""
         try:
-            await job(*arguments)
+            return await job(*arguments)
         except (ConnectionError, aiohttp.ClientError):
             pass  # the page is gone
         except Exception as error:
@@ -102,12 +99,21 @@ class Tab:
 
     async def listen(self) -> None:
         """Do what the page asks for."""
+        await self.ws.send_bytes(self.session.hello())
+        await self.ws.send_bytes(await self.server.work(self.session.view))
         async for message in self.ws:
             if message.type != aiohttp.WSMsgType.TEXT:
                 break
             try:
                 await self.obey(json.loads(message.data))
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            except (
+                LookupError,
+                TypeError,
+                AttributeError,
+                ArithmeticError,
+                ValueError,
+                RecursionError,
+            ):
                 text = "the page sent a command that makes no sense"
                 await self.ws.send_bytes(pack("error", {"text": text}))
 
@@ -205,14 +211,17 @@ class Server:
         names = request.host, request.headers.get("X-Forwarded-Host", ""), *self.options.allow_host
         origin = host_name(request.headers.get("Origin", ""))
         if not origin or origin not in map(host_name, names):
-            text = f"403: this page is at {origin!r}, but a proxy asked for {request.host!r}. If "
-            text += f"both are yours, start again with: python -m play --allow-host {origin}"
+            name, asked = ascii(origin)[1:-1], ascii(request.host)
+            text = f"403: this page is at '{name}', but a proxy asked for {asked}. If both are "
+            text += f"yours, start again with: python -m play --allow-host {name}"
             raise web.HTTPForbidden(text=text)
+        if len(self.tabs) >= MOST_TABS:
+            text = f"503: {MOST_TABS} pages are open already; close one and reload this"
+            raise web.HTTPServiceUnavailable(text=text)
         if request.method == "POST":
             return web.Response(status=204)
-        if len(self.tabs) >= MOST_TABS:
-            raise web.HTTPServiceUnavailable(text=f"503: {MOST_TABS} tabs are open already")
-        ws = web.WebSocketResponse(heartbeat=20, max_msg_size=4096)
+        # Uncompressed: a frame is then written whole, whichever of the tab's tasks sends it.
+        ws = web.WebSocketResponse(heartbeat=20, max_msg_size=4096, compress=False)
         tab = Tab(self, ws)
         self.tabs.add(tab)
         try:
@@ -252,17 +261,15 @@ def listen(host: str, port: int, tries: int = 20) -> socket.socket:
     for candidate in range(port, min(port + tries, 65_536)):
         try:
             return socket.create_server((host, candidate), family=family)
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                text = f"cannot listen on {host} port {candidate}: {error.strerror}"
-                raise BadInput(text) from None
+        except (OSError, TypeError, ValueError) as error:  # the last two: no name at all
+            if getattr(error, "errno", None) != errno.EADDRINUSE:
+                raise BadInput(f"cannot listen on {host} port {candidate}: {error}") from None
             print(f"port {candidate} is taken, trying the next")
     raise BadInput(f"ports {port} to {candidate} are all taken; choose another --port")
 
 
-async def serve(run: Run, options: argparse.Namespace) -> None:
-    """Listen until a signal says to stop."""
-    sock = listen(options.host, options.port)
+async def serve(run: Run, sock: socket.socket, options: argparse.Namespace) -> None:
+    """Answer on a socket until a signal says to stop."""
     server = Server(run, secrets.token_urlsafe(16), options)
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=2)
     await runner.setup()

@@ -15,7 +15,7 @@ REST = 15  # ticks for which the end of a game or dream stays on the screen
 BREATH = 4  # ... and the last picture of a dream that has its length
 MAX_SAMPLE_STEPS = 10
 SPEEDS = (0.1, 4.0)
-LENGTHS = (5, 500)  # of a dream, in steps
+LENGTHS = (1, 500)  # of a dream, in steps
 FILM_FRAMES = 60 * FPS  # the longest recording
 KEYS = ("up", "down", "left", "right", "fire")
 KINDS = ("hello", "view", "preview", "film", "error")  # of messages to the page
@@ -91,8 +91,10 @@ class Session:
 
     @property
     def lead(self) -> Scene:
-        """The scene that the agent acts in, and whose insides are shown."""
-        return next(iter(self.shown.values()))
+        """The scene that the agent acts in, and whose insides are shown: the game, while it goes on
+        and is shown."""
+        scenes = list(self.shown.values())
+        return next((scene for scene in scenes if not scene.over), scenes[0])
 
     # ---- what the page asks for: a method for each command
 
@@ -113,7 +115,9 @@ class Session:
         if mode not in ("both", "game", "dream") or player not in ("human", "agent"):
             raise BadCommand("there is no such mode")
         before, self.mode, self.player = self.mode, mode, player
-        if "dream" in self.shown and before != mode:
+        if self.game.over and mode == "both":
+            self.do_restart(None)
+        elif "dream" in self.shown and before != mode:
             self.dream_anew(from_game=not self.game.over)
 
     def do_pause(self, value: bool) -> None:
@@ -150,8 +154,9 @@ class Session:
 
     def do_dream_from(self, value: int) -> None:
         """A dream that starts with a frame of the replay."""
+        index = int(value)
         self.mode, self.action = "dream", None
-        self.dream_from(int(value))
+        self.dream_from(index)
 
     def do_record(self, value: bool) -> None:
         """Begin a recording, or end it."""
@@ -212,6 +217,8 @@ class Session:
             due += [name] * (self.rest[name] > (REST if scene.over else BREATH))
         if "game" in due:
             self.game.reset()
+        elif self.mode == "both" and self.game.over:
+            due = []  # the dream waits for the next game
         if due and "dream" in self.shown:
             self.dream_anew()
         self.rest |= dict.fromkeys(due, 0)
@@ -236,7 +243,7 @@ class Session:
 
     def hello(self) -> bytes:
         """What does not change."""
-        run = self.run
+        run, screen = self.run, self.game.screen()
         return pack(
             "hello",
             dict(
@@ -245,7 +252,7 @@ class Session:
                 chance=hasattr(run.args, "sticky_prob"),
                 open_loop=[number(x) for x in run.open_loop], speeds=SPEEDS, lengths=LENGTHS,
                 max_sampling=MAX_SAMPLE_STEPS, latent_shape=run.script.LATENT_SHAPE,
-                has_screen=self.game.screen() is not None,
+                screen=None if screen is None else screen.shape[:2],
             ),
         )  # fmt: skip
 

@@ -112,6 +112,19 @@ def test_same_seed_same_dream_whatever_else_is_drawn(run):
     assert not same(first, dream(env, 6))
 
 
+def test_what_no_dream_can_do_is_refused(run):
+    for arguments in (dict(sample_steps=0), dict(max_steps=0)):
+        with pytest.raises(ValueError, match="at least 1"):
+            DreamEnv(run, **arguments)
+    env = DreamEnv(run)
+    with pytest.raises(gym.error.ResetNeeded):
+        env.step(0)
+    env.reset(seed=0)
+    for action in (-1, 6):
+        with pytest.raises(gym.error.InvalidAction, match="0 to 5"):
+            env.step(action)
+
+
 def test_two_dreams_do_not_disturb_each_other(run):
     alone, (a, b) = dream(DreamEnv(run), 5), (DreamEnv(run), DreamEnv(run))
     torch.manual_seed(1)
@@ -405,6 +418,22 @@ def test_a_new_game_takes_its_dream_along(session):
     assert all(map(torch.equal, session.dream.latents, session.game.latents))
 
 
+def test_no_dream_begins_in_a_finished_game(session):
+    """Its length ends while the game's last picture rests: it waits for the next game."""
+    session.do_length(1)
+    session.advance()
+    session.game.over = True
+    steps = []
+    for _ in range(sessions.REST + 1):
+        session.advance()
+        steps.append(session.dream.steps)
+    assert steps == [1] * sessions.REST + [0] and session.game.steps == 0
+    session.game.over = True
+    session.do_mode(["game", "human"])
+    session.do_mode(["both", "human"])
+    assert not session.game.over and session.game.steps == 0
+
+
 def test_sampling_steps_change_while_playing(session, monkeypatch):
     seen = []
     network = session.run.agent.denoiser
@@ -624,6 +653,8 @@ def test_nonsense_is_answered_and_playing_goes_on(run):
         '{"do": "mode", "value": []}',
         '{"do": "mode", "value": ["both", "nobody"]}',
         '{"do": "length", "value": "x"}',
+        '{"do": "dream_from", "value": null}',
+        "[" * 4_000,
         '{"do": "sampling"}',
     )
     keys = '{"do": "hold", "value": {"keys": ["x"], "action": null}}'
@@ -693,6 +724,9 @@ def test_there_is_a_limit_of_tabs(run, monkeypatch):
             with pytest.raises(aiohttp.WSServerHandshakeError) as error:
                 await open_socket(client, address)
             assert error.value.status == 503
+            post = {"Origin": address}
+            async with client.post(f"{address}/{TOKEN}/socket", headers=post) as response:
+                assert "1 pages are open already" in await response.text()
 
     asyncio.run(check())
 
@@ -719,6 +753,7 @@ def test_what_fails_in_a_tab_is_said_there_and_ends_it_alone(run, monkeypatch, c
 
 def refused(capsys, *arguments) -> str:
     """The one line on stderr."""
+    capsys.readouterr()
     assert command.main([str(a) for a in arguments]) == 2
     line, end = capsys.readouterr().err.split("\n")
     assert line.startswith("play: error: ") and not end
@@ -727,7 +762,23 @@ def refused(capsys, *arguments) -> str:
 
 def test_a_folder_without_checkpoint(capsys, tmp_path):
     assert "checkpoint.pt is missing" in refused(capsys, tmp_path)
-    assert "checkpoint.pt is missing" in refused(capsys, tmp_path / "nowhere")
+    assert "there is no folder" in refused(capsys, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "change, text",
+    [
+        (lambda saved: saved.pop("collector"), "holds no play"),
+        (lambda saved: saved["collector"].update(actions=torch.zeros(0)), "holds no play"),
+        (lambda saved: saved["agent"].popitem(), "other networks"),
+        (lambda saved: saved.update(args=json.dumps({"env_id": "Pong"})), "other arguments"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used(capsys, run_dir, tmp_path, change, text):
+    saved = jedi.load_checkpoint(run_dir)
+    change(saved)
+    jedi.save_checkpoint(tmp_path, saved)
+    assert text in refused(capsys, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -737,6 +788,7 @@ def test_a_folder_without_checkpoint(capsys, tmp_path):
         (["x", "--port", "x"], "invalid int value"),
         (["x", "--port", "70000"], "--port is 70000"),
         (["x", "--threads", "-1"], "--threads is -1"),
+        (["x", "--host", ""], "--host is empty"),
     ],
 )
 def test_bad_arguments(capsys, arguments, text):
@@ -784,6 +836,8 @@ def test_a_fork_is_played_with_the_script_in_its_folder_or_the_one_named(capsys,
     assert session.advance()
     session.close()
     assert "other networks" in refused(capsys, run, "--script", jedi.__file__)
+    assert not list(run.rglob("__pycache__"))
+    assert "there is no script" in refused(capsys, run, "--script", tmp_path / "gone.py")
     named.write_text("raise SystemExit('Python 4 is needed')")
     assert "Python 4 is needed" in refused(capsys, run, "--script", named)
     named.write_text("x = 1")
@@ -791,9 +845,8 @@ def test_a_fork_is_played_with_the_script_in_its_folder_or_the_one_named(capsys,
 
 
 def test_a_host_that_is_not_here(capsys, run_dir):
-    assert "cannot listen on 192.0.2.1" in refused(
-        capsys, run_dir, "--host", "192.0.2.1", "--device", "cpu"
-    )
+    for host in ("192.0.2.1", "bücher..x", "a" * 300):
+        assert f"cannot listen on {host}" in refused(capsys, run_dir, "--host", host)
 
 
 def test_a_taken_port_takes_the_next_and_says_so(capsys):

@@ -132,7 +132,7 @@ function introduce() {
     element("small", says(button.dataset.key), button);
   });
   $("cross").classList.toggle("narrow", !("left" in about.keys || "right" in about.keys));
-  $("screen").hidden = !about.has_screen;
+  $("screen").hidden = !about.screen;
   [$("length").min, $("length").max] = about.lengths;
   $("sampling").max = about.max_sampling;
   $("moment").max = about.replay - 1;
@@ -171,7 +171,7 @@ function draw() {
   stale = false;
   const { parts } = view, [channels, high, wide] = about.latent_shape;
   document.body.className = view.mode;
-  if (parts.screen) paint($("game"), 160, 210, pixel(parts.screen));
+  if (parts.screen) paint($("game"), about.screen[1], about.screen[0], pixel(parts.screen));
   else if (parts.game) paint($("game"), 64, 64, pixel(parts.game));
   if (parts.dream) paint($("dream"), 64, 64, pixel(parts.dream));
   const columns = Math.ceil(Math.sqrt(channels)), rows = Math.ceil(channels / columns);
