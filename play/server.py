@@ -106,14 +106,7 @@ class Tab:
                 break
             try:
                 await self.obey(json.loads(message.data))
-            except (
-                LookupError,
-                TypeError,
-                AttributeError,
-                ArithmeticError,
-                ValueError,
-                RecursionError,
-            ):
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                 text = "the page sent a command that makes no sense"
                 await self.ws.send_bytes(pack("error", {"text": text}))
 
