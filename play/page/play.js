@@ -120,8 +120,8 @@ function introduce() {
   $("insides").open = !known.length; // actions without keys are chosen there
   $("keys").replaceChildren();
   const digits = `0–${Math.min(9, about.actions.length - 1)}`;
-  for (const [keys, text] of [...known.map(([key]) => [SIGNS[key], says(key)]), [digits, "action by number"],
-    ["P", "pause"], ["N", "one step"], ["R", "new start"], ["M", "both, game or dream"], ["T", "you or the agent"], ["G", "record"]]) {
+  for (const [keys, text] of [...known.map(([key]) => [SIGNS[key], says(key)]), [digits, "action"],
+    ["P", "pause"], ["N", "one step"], ["R", "new start"], ["M", "game or dream"], ["T", "who plays"], ["G", "record"]]) {
     const span = element("span", "", $("keys"));
     element("kbd", keys, span);
     span.append(` ${text}`);
