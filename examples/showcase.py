@@ -148,7 +148,7 @@ def save(folder: Path, run_args: jedi.Args, agent, collector, about: str, metric
 
 
 def make(folder: Path) -> Run:
-    """All of it; about 75 minutes on one core."""
+    """All of it; an hour and a half on one core."""
     if folder.exists() and any(folder.iterdir()):
         raise BadInput(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
