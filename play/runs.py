@@ -61,7 +61,8 @@ class Run:
     @functools.cached_property
     def replay(self) -> jedi_atari.ReplayBuffer:
         """Its play, had back from the actions in the checkpoint: 100k steps take half a minute."""
-        replay = self.script.ReplayBuffer(len(self.saved["collector"]["actions"]) + 1_000, "cpu")
+        size, cpu = len(self.saved["collector"]["actions"]) + 1_000, torch.device("cpu")
+        replay = self.script.ReplayBuffer(size, cpu)
         try:
             self.collector.load_state_dict(self.saved["collector"], replay)
         except BadInput as error:  # another emulator than the run's: still its game

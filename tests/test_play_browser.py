@@ -150,7 +150,8 @@ def wait_text(page, selector: str, pattern: str) -> None:
 
 def paused(page) -> None:
     page.keyboard.press("p")
-    wait_text(page, "#overlay b", "^PAUSED$")
+    playwright.expect(page.locator("#overlay")).to_be_visible()
+    assert text(page, "#overlay b") == "PAUSED"
 
 
 def inside(page, selector: str) -> bool:
