@@ -21,7 +21,7 @@ import torch
 
 import jedi_atari as jedi
 from jedi_atari import BadInput, progress, write_atomically
-from play.runs import Parser, Run, keep_decoder, learn_decoder, load_run
+from play.runs import Parser, Run, keep_decoder, learn_decoder, load_named, load_run
 
 STEPS, STARTS = 120_000, 1_000  # of play to learn from; of other play, for dreams to start in
 SCHEDULE = ["diffusion"] * 7 + ["reward"]  # again and again
@@ -122,10 +122,10 @@ def measure(run: Run, starts: int = 100) -> dict:
         windows.frames.numpy(), run.decoder.pictures(dreamed), run.decoder.pictures(z),
     )  # fmt: skip
     for name, find in (("ball", find_ball), ("paddle", find_paddle)):
-        (there, where), (seen, place), (decoded, at) = map(find, (real, dream, still))
-        near, close = (np.linalg.norm(x - where, axis=-1) for x in (place, at))
-        near = seen & (near <= NEAR)
-        found[f"{name}/decoded"] = (decoded & (close <= 1))[there].mean()  # from true latents
+        (there, where), (seen, place), (decoded, shown) = map(find, (real, dream, still))
+        near = seen & (np.linalg.norm(place - where, axis=-1) <= NEAR)
+        close = decoded & (np.linalg.norm(shown - where, axis=-1) <= 1)
+        found[f"{name}/decoded"] = close[there].mean()  # from true latents
         for k in MEASURED:
             at = there[:, n - 1 + k]
             found[f"{name}/shown_{k}"] = seen[at, n - 1 + k].mean()
@@ -162,8 +162,8 @@ def make(folder: Path) -> Run:
     about = f"showcase, {STEPS:,} steps of recorded play, {time.strftime('%Y-%m-%d')}"
     precision = "bf16" if bf16 else "fp32"
     print(f"learned: {done}, {minutes:.0f} minutes in all, {precision}", flush=True)
-    starts = jedi.Collector(dataclasses.replace(args, seed=2))
     args = dataclasses.replace(args, seed=2)  # the seed of the play that is kept
+    starts = jedi.Collector(args)
     play(starts, jedi.ReplayBuffer(STARTS + 100, torch.device("cpu")), STARTS, seed=2)
     save(folder, args, agent, starts, about, {})
     run = load_run(folder)
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path, help="folder")
     try:
         options = parser.parse_args(argv)
-        run = parser.load(options) if options.measure else make(options.run_dir)
+        run = load_named(options) if options.measure else make(options.run_dir)
         for key, value in (measure(run) if options.measure else run.metrics[-1]).items():
             print(f"{key:24} {value:.2f}")
         return 0

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 from jedi_atari import BadInput
-from play.runs import SHOWCASE, Parser
+from play.runs import SHOWCASE, Parser, load_named
 from play.server import listen, serve
 
 
-def parse(argv: list[str]) -> tuple[Parser, argparse.Namespace]:
+def parse(argv: list[str]) -> argparse.Namespace:
     """Raises `BadInput`."""
     parser = Parser(prog="python -m play", description=__doc__)
     text = "folder of a run; without one the showcase is played"
@@ -28,14 +28,14 @@ def parse(argv: list[str]) -> tuple[Parser, argparse.Namespace]:
     for name, low, high in (("port", 0, 65_535), ("threads", 0, 1_024), ("seed", 0, 2**31 - 1)):
         if not low <= (value := getattr(options, name)) <= high:
             raise BadInput(f"--{name} is {value}; it must be from {low} to {high}")
-    return parser, options
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 when it was stopped, 2 for bad input."""
     try:
-        parser, options = parse(sys.argv[1:] if argv is None else argv)
-        run, sock = parser.load(options), listen(options.host, options.port)
+        options = parse(sys.argv[1:] if argv is None else argv)
+        run, sock = load_named(options), listen(options.host, options.port)
         print(f"loaded   {run.decoder and run.folder}")  # the decoder is learned now, not in a tab
         asyncio.run(serve(run, sock, options))
     except BadInput as error:

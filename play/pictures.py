@@ -29,7 +29,7 @@ from jedi_atari import (
     progress,
     write_atomically,
 )
-from play.runs import Parser, Run
+from play.runs import Parser, Run, load_named
 
 PLUS, MINUS, END = "#0072B2", "#D55E00", "#000000"  # everybody can tell them apart (Okabe and Ito)
 # Maximum coverage keeps the rare colours too, as of a small paddle, which others make grey.
@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m play.pictures", description=__doc__.split("\n\n")[0])
     parser.add_argument("run_dir", type=Path, help="folder of a run")
     try:
-        run = parser.load(parser.parse_args(argv))
+        run = load_named(parser.parse_args(argv))
         (run.folder / "dreams").mkdir(exist_ok=True)
         for draw in (draw_dreams, draw_curves):
             for name, content in draw(run).items():

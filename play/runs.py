@@ -298,6 +298,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise BadInput(message)
 
-    def load(self, options: argparse.Namespace) -> Run:
-        """The run that the arguments name."""
-        return load_run(options.run_dir, options.device, options.threads, options.script)
+
+def load_named(options: argparse.Namespace) -> Run:
+    """The run that a `Parser`'s arguments name. Raises `BadInput`."""
+    return load_run(options.run_dir, options.device, options.threads, options.script)

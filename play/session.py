@@ -51,9 +51,12 @@ def choose_action(
 
 def key_actions(meanings: tuple[str, ...]) -> dict[str, str]:
     """What each key does in this game, {"up": "RIGHT", ...}; none of two keys that do the same."""
-    found = {key: meanings[choose_action(meanings, frozenset({key}))] for key in KEYS}
-    idle, seen = meanings[choose_action(meanings, frozenset())], set()
-    return {k: m for k, m in found.items() if m != idle and not (m in seen or seen.add(m))}
+    found, idle = {}, meanings[choose_action(meanings, frozenset())]
+    for key in KEYS:
+        meaning = meanings[choose_action(meanings, frozenset({key}))]
+        if meaning not in (idle, *found.values()):
+            found[key] = meaning
+    return found
 
 
 class BadCommand(ValueError):

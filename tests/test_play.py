@@ -496,7 +496,7 @@ def test_steps_per_second(run, mode):
 @contextlib.asynccontextmanager
 async def serving(run: runs.Run, *arguments: str):
     """The server on a free port; yields it, its address, and a client."""
-    _, options = command.parse(["--threads", "1", *arguments])
+    options = command.parse(["--threads", "1", *arguments])
     server = serve.Server(run, TOKEN, options)
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=1)
     await runner.setup()
@@ -796,7 +796,7 @@ def test_bad_arguments(capsys, arguments, text):
 
 
 def test_without_a_run_the_showcase_is_played():
-    _, options = command.parse([])
+    options = command.parse([])
     run = runs.load_run(options.run_dir, "cpu")
     assert run.game == "Pong" and len(run.open_loop) >= 50 and "showcase" in run.about
     assert run.replay.size > 300 and (run.folder / "decoder.pt").is_file()

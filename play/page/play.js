@@ -4,7 +4,6 @@
 
 const KINDS = ["hello", "view", "preview", "film", "error"];
 const BELOW = [0, 83, 138], ABOVE = [200, 80, 0]; // colours of a latent's values, white between them
-const GOOD = "#009e73", FAIR = "#f0e442", BAD = "#999"; // how far to trust a dream
 const CODES = {
   ArrowUp: "up", ArrowDown: "down", ArrowLeft: "left", ArrowRight: "right", Space: "fire",
   KeyW: "up", KeyS: "down", KeyA: "left", KeyD: "right",
@@ -60,6 +59,7 @@ const handlers = {
       from += size;
     }
     remember(header);
+    if (header.length !== view?.length) drawBar(header.length);
     view = header;
     started ||= !view.paused;
     if (!stale) requestAnimationFrame(draw);
@@ -193,7 +193,8 @@ function drawWords() {
   if (view.dream) {
     $("dreamstep").textContent = `${view.dream.step} of ${view.length}`;
     $("dreamstate").textContent = `${view.game ? "" : who}points ${points(view.dream)}`;
-    drawTrust(view.dream.step);
+    $("trust").firstChild.style.left = `${Math.min(100, (100 * view.dream.step) / view.length)}%`;
+    $("trusttext").textContent = view.dream.step ? trust(view.dream.step)[1] : "sees a real frame";
   }
   const finger = matchMedia("(pointer: coarse)").matches;
   const key = Object.keys(about.keys).length === 0 ? "a number key" : finger ? "an arrow button" : "an arrow key";
@@ -224,17 +225,16 @@ function drawWords() {
   setSlider("length", view.length, `${view.length} steps`);
 }
 
-function drawTrust(step) { // by the error measured so many steps ahead, as a share of a still picture's
-  const error = (t) => about.open_loop[t - 1] ?? null;
-  const colour = (x) => (x === null ? "transparent" : x < 0.5 ? GOOD : x <= 1 ? FAIR : BAD);
-  const stops = Array.from({ length: view.length }, (_, i) =>
-    `${colour(error(i + 1))} ${(100 * i) / view.length}% ${(100 * (i + 1)) / view.length}%`);
+function trust(step) { // by the error measured so many steps ahead, as a share of a still picture's: [colour, words]
+  const error = about.open_loop[step - 1] ?? null, share = () => `${error.toFixed(2)} of a still picture's error`;
+  if (error === null) return ["transparent", "error not measured"];
+  if (error > 1) return ["#999", "worse than a still picture"];
+  return error < 0.5 ? ["#009e73", `good: ${share()}`] : ["#f0e442", `fair: ${share()}`];
+}
+
+function drawBar(length) { // the trust in each step of a dream
+  const stops = Array.from({ length }, (_, i) => `${trust(i + 1)[0]} ${(100 * i) / length}% ${(100 * (i + 1)) / length}%`);
   $("trust").style.background = `linear-gradient(90deg, ${stops.join(", ")})`;
-  $("trust").firstChild.style.left = `${Math.min(100, (100 * step) / view.length)}%`;
-  const now = error(step);
-  $("trusttext").textContent = !step ? "sees a real frame" : now === null ? "error not measured"
-    : now < 0.5 ? `good: ${now.toFixed(2)} of a still picture's error`
-    : now <= 1 ? `fair: ${now.toFixed(2)} of a still picture's error` : "worse than a still picture";
   $("trusttext").title = "prediction error / error of predicting no change, measured on other play";
 }
 
