@@ -7,7 +7,7 @@
 
 Each variant changes one argument or one function of `jedi_atari.py`, and makes the same number of updates on the same
 play. What they are changed from has the papers' choices but centred latents: with plain ones a run as short as these
-learns too little for any other choice to show. On Catch (tests/toys.py) all of JEDI is trained; on Pong encoder,
+learns too little for any other choice to show. On Catch (examples/toys.py) all of JEDI is trained; on Pong encoder,
 denoiser and reward/termination model alone, on random play. Only if asked for: Pong-full-size, the full run's networks
 and learning rates in bf16, 20 minutes a run on 2 cores with bf16 units; Pong-full-size-longer, 2.5 times its updates.
 
@@ -42,13 +42,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
-import toys  # noqa: F401  (registers toys:Catch-v0)
 
 import jedi_atari as jedi
+from examples import toys  # noqa: F401  (registers examples.toys:Catch-v0)
 from play import runs as trained
 
 # Sizes for a small machine with the papers' choices: what the variants are changed from.
@@ -71,7 +70,7 @@ def full_size(scale: float) -> dict:
 
 
 CATCH = dict(  # the policy learns after all updates of the world model
-    env_id="toys:Catch-v0", total_steps=3_100, first_diffusion_updates=350, first_reward_updates=250, epoch_steps=100,
+    env_id="examples.toys:Catch-v0", total_steps=3_100, first_diffusion_updates=350, first_reward_updates=250, epoch_steps=100,
     diffusion_updates=100, reward_updates=10, policy_updates=300, context_frames=2, denoiser_width=16, cond_dim=64,
     reward_width=8, reward_window=3, horizon=5, sample_steps=2, entropy_weight=0.01, eval_episodes=20,
     final_episodes=100, max_episode_steps=100,

@@ -93,7 +93,7 @@ BAD = [
     ("--env-id Pong/../../etc", "'Pong/../../etc'"),
     ("--env-id ALE/Nothing-v5", "'ALE/Nothing-v5'"),
     ("--env-id no_module:Game-v0", "no_module"),
-    ("--env-id toys:Game-v0", "'toys:Game-v0'"),
+    ("--env-id examples.toys:Game-v0", "'examples.toys:Game-v0'"),
     ("--env-id Pong\x00", "--env-id 'Pong"),
     (
         "--env-id P\N{LATIN SMALL LETTER O WITH DIAERESIS}ng",

@@ -463,7 +463,7 @@ def test_a_command_is_understood(page, line, tmp_path):
         "python jedi_atari.py --preset enormous",
         "python jedi_atari_stochastic.py --frame-skip 4",
         "python tests/nothing.py",
-        "python tests/toys.py",
+        "python examples/toys.py",
         "python -m play runs/x --prt 3",
         "python -m play.pictures",
         "python -m play.films runs/x",

@@ -244,9 +244,9 @@ def test_unsupported_environments_are_refused(micro, monkeypatch, observation, a
 
 
 def test_a_name_that_the_module_does_not_know_brings_those_that_it_does(micro):
-    assert jedi.make_env(replace(micro, env_id="toys:Catch")).spec.id == "Catch-v0"
+    assert jedi.make_env(replace(micro, env_id="examples.toys:Catch")).spec.id == "Catch-v0"
     with pytest.raises(jedi.BadInput) as error:
-        jedi.make_env(replace(micro, env_id="toys:Cach-v0"))
+        jedi.make_env(replace(micro, env_id="examples.toys:Cach-v0"))
     assert str(error.value).endswith("Known there: Catch-v0, DriftingCatch-v0")
 
 

@@ -16,19 +16,19 @@ import kill_me
 import numpy as np
 import pytest
 import torch
-import toys
 from conftest import MICRO, ROOT, command_line
 from gymnasium.utils.env_checker import check_env
 from test_resume import outcome
 
 import jedi_atari as jedi
+from examples import toys
 
 PAGE = (ROOT / "docs" / "fork_it.md").read_text()
 PATCHES = {path.stem: path for path in sorted((ROOT / "docs" / "fork_it").glob("*.patch"))}
 GAMES = {
     "minigrid": "MiniGrid-Empty-Random-5x5-v0",
     "my_game": "my_game:Apples-v0",
-    "recordings": "toys:Catch-v0",
+    "recordings": "examples.toys:Catch-v0",
 }  # the others play Pong
 
 
@@ -310,7 +310,7 @@ def test_recordings_are_in_the_replay_before_two_steps_of_play(fork, tmp_path, m
     expected, made = record(tmp_path, wide=2, long=1_100), keep_replays(script, monkeypatch)
     words = dict(total_steps=2, first_steps_min=2, first_steps_max=2, final_epochs=2)
     assert all(f"--{key.replace('_', '-')} " in "".join(blocks("bash")) for key in words)
-    changes = words | dict(env_id="toys:Catch-v0", final_episodes=1, run_dir="r")
+    changes = words | dict(env_id="examples.toys:Catch-v0", final_episodes=1, run_dir="r")
     assert script.main(command_line(MICRO | changes)) == 0
     assert_begins_with(made[0], expected)
     rows, result = len(expected["actions"]), json.loads(Path("r/result.json").read_text())
@@ -325,7 +325,10 @@ def test_a_run_with_recordings_is_killed_and_ends_with_the_same_bits(
     script = fork("recordings")
     monkeypatch.chdir(tmp_path)
     expected, made = record(tmp_path), keep_replays(script, monkeypatch)
-    argv = ["--resume", *command_line(MICRO | dict(env_id="toys:Catch-v0", final_episodes=1))]
+    argv = [
+        "--resume",
+        *command_line(MICRO | dict(env_id="examples.toys:Catch-v0", final_episodes=1)),
+    ]
     assert script.main([*argv, "--run-dir", "whole"]) == 0
     run = "import sys, jedi_atari, kill_me; sys.exit(kill_me.main(sys.argv[1], sys.argv[2:]))"
     paths = os.pathsep.join(map(str, (folders("recordings"), Path(kill_me.__file__).parent)))
@@ -381,7 +384,7 @@ def test_bad_recordings_are_refused_by_name(fork, tmp_path, monkeypatch, capsys)
         dict(terminated=[True]),
         dict(terminated=None),  # needs pickle
     ]
-    env, device = script.make_env(script.Args(env_id="toys:Catch-v0")), torch.device("cpu")
+    env, device = script.make_env(script.Args(env_id="examples.toys:Catch-v0")), torch.device("cpu")
     for changes in bad:
         np.savez(path, **good | changes)
         replay = script.ReplayBuffer(40, device)
@@ -391,14 +394,14 @@ def test_bad_recordings_are_refused_by_name(fork, tmp_path, monkeypatch, capsys)
     np.savez(path, **{key: good[key] for key in good if key != "rewards"})
     for content in (path.read_bytes(), whole[:-9], whole[:4000] + b"?" + whole[4001:], b""):
         path.write_bytes(content)
-        argv = command_line(MICRO | dict(env_id="toys:Catch-v0", run_dir="r"))
+        argv = command_line(MICRO | dict(env_id="examples.toys:Catch-v0", run_dir="r"))
         assert script.main(argv) == 2 and not Path("r").exists()
         err = capsys.readouterr().err
         assert "error: recordings/02.npz must hold frames" in err and err.count("\n") == 1
         assert "actions (T,) from 0 to 2" in err
 
 
-@pytest.mark.parametrize("game", ["toys:Catch-v0", "Breakout"])
+@pytest.mark.parametrize("game", ["examples.toys:Catch-v0", "Breakout"])
 def test_the_pages_program_records_what_training_would_see(game, fork, tmp_path, monkeypatch):
     """Its files, played again, in the order of their names: the frames of the game, a file for each life."""
     (program,) = blocks("python")

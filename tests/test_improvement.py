@@ -45,7 +45,7 @@ def test_improved_needs_intervals_that_do_not_touch(shift, certain):
         ("Krull", [5, 90], "0.50"),
         ("Krull", [5, 100], "cut"),
         ("Krull", [], "cut"),
-        ("toys:Catch-v0", [90], "-"),
+        ("examples.toys:Catch-v0", [90], "-"),
     ],
 )
 def test_human_normalised_is_for_whole_games_with_a_published_score(game, lengths, shown):

@@ -5,17 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import drift
 import gymnasium as gym
-import learn_catch
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-import toys
 from test_quick_start import quick_start
 
 import jedi_atari as jedi
+from examples import drift, learn_catch, toys
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "benchmark"))
@@ -25,7 +23,7 @@ import ablations  # noqa: E402
 # Far more play than there are states, so that no single future can be learned by heart. Whether the ball jumps is
 # decided at noise levels of about half the distance between two futures, 17 here: training and sampler must be there.
 DRIFT = {
-    "env_id": "toys:DriftingCatch-v0", "denoiser_width": 32, "noise_mean": 1.2, "sigma_offset": 0.0,
+    "env_id": "examples.toys:DriftingCatch-v0", "denoiser_width": 32, "noise_mean": 1.2, "sigma_offset": 0.0,
     "sample_start": "sigma_max", "sample_sigma_max": 20.0, "sample_steps": 6,
 }  # fmt: skip
 DRIFT_STEPS, DRIFT_UPDATES = 12_000, 2_000
@@ -104,8 +102,8 @@ def test_the_readme_shows_the_results_of_catch():
     shown = text.split("<!-- catch:begin -->")[1].split("<!-- catch:end -->")[0].strip()
     assert shown == learn_catch.table(results / "catch.jsonl") and shown.count("\n") == 1 + 4
     for path in (results / "speed.jsonl", results / "README.md", results / "nothing.jsonl"):
-        command = [sys.executable, str(HERE / "learn_catch.py"), "--table", str(path)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = [sys.executable, "-m", "examples.learn_catch", "--table", str(path)]
+        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
         assert done.returncode == 2 and "make it with --out" in done.stderr.splitlines()[-1]
 
 
@@ -114,8 +112,8 @@ def test_the_readme_shows_the_results_of_catch():
     "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 )
 def test_jedi_learns_catch(seed):
-    command = [sys.executable, str(HERE / "learn_catch.py"), "--seed", str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1_800)
+    command = [sys.executable, "-m", "examples.learn_catch", "--seed", str(seed)]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=1_800)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     print(found)

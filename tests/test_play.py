@@ -222,7 +222,7 @@ def test_a_run_of_the_other_script_plays_too(tmp_path):
 
 
 def test_games_that_are_not_atari_have_numbered_actions(micro):
-    collector = jedi.Collector(replace(micro, env_id="toys:Catch-v0"))
+    collector = jedi.Collector(replace(micro, env_id="examples.toys:Catch-v0"))
     run = runs.Run(Path(), jedi, micro, None, {}, collector)
     assert run.meanings == ("ACTION 0", "ACTION 1", "ACTION 2")
     assert sessions.key_actions(run.meanings) == {}

@@ -228,7 +228,7 @@ def whole(tmp_path_factory) -> Path:
             write_run(
                 folder / "b", game, seed, args=result(game, seed)["args"] | {"batch_size": 64}
             )
-    write_run(folder / "b", "Pong", 7, env_id="toys:Catch-v0")
+    write_run(folder / "b", "Pong", 7, env_id="examples.toys:Catch-v0")
     words = [f"full={folder / 'a'}", f"few={folder / 'b'}", "--out", str(folder / "out")]
     assert report.main([*words, "--reps", "20", "--formats", "csv", "svg"]) == 0
     return folder
@@ -262,7 +262,7 @@ def test_aggregates_of_own_runs(whole):
 def test_report_shows_what_was_run(whole, capsys):
     text = (whole / "out/report.md").read_text()
     assert "full (n=2), few (n=1-2, 3 of 26 games)" in text and str(whole / "out") not in text
-    assert "Pong__7 is of 'toys:Catch-v0', not of Atari 100k" in text
+    assert "Pong__7 is of 'examples.toys:Catch-v0', not of Atari 100k" in text
     lines = text.splitlines()
     row = next(line for line in lines if line.startswith("| Pong | 6 |")).split(" | ")
     values = scores("Pong", 2)
@@ -282,7 +282,10 @@ def test_report_shows_what_was_run(whole, capsys):
     assert all(f"({name}.png)" in text for name in pictures)
     report.load_groups([str(whole / "b")])
     said = capsys.readouterr().err  # and the other game is left out, by name
-    assert said.count("\n") == 1 and "Pong__7 is of 'toys:Catch-v0', not of Atari 100k" in said
+    assert (
+        said.count("\n") == 1
+        and "Pong__7 is of 'examples.toys:Catch-v0', not of Atari 100k" in said
+    )
 
 
 def test_own_runs_are_in_every_picture(whole):

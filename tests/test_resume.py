@@ -30,7 +30,7 @@ import jedi_atari as jedi
 
 HERE = Path(__file__).resolve().parent
 SMALL = MICRO | dict(max_episode_steps=25, final_episodes=1, sample_steps=1)
-CATCH = dict(env_id="toys:Catch-v0")
+CATCH = dict(env_id="examples.toys:Catch-v0")
 EMPTY = dict(script="jedi_atari", args='{"env_id": "Pong"}', agent={})  # what a checkpoint has
 # Kills are drawn from the first so many visits of each place; a whole run comes there at least as often.
 VISITS = dict(

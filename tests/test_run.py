@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-import toys
 from conftest import MICRO, ROOT, command_line, random_agent, replace
 
 import jedi_atari as jedi
+from examples import toys
 
 RESULT_KEYS = (
     "env_id script seed preset env_steps updates environment returns mean_return std_return lengths "
@@ -261,7 +261,10 @@ def test_the_first_play_goes_on_until_rewards_are_known(micro):
     """On Catch: a reward each five steps, ten are enough; else to the limit."""
     for limits, expected in (((20, 100), 50), ((70, 100), 70), ((20, 40), 40)):
         args = replace(
-            micro, env_id="toys:Catch-v0", first_steps_min=limits[0], first_steps_max=limits[1]
+            micro,
+            env_id="examples.toys:Catch-v0",
+            first_steps_min=limits[0],
+            first_steps_max=limits[1],
         )
         collector = jedi.Collector(args)
         replay, agent = jedi.ReplayBuffer(200, torch.device("cpu")), random_agent(args, 3)
@@ -314,7 +317,7 @@ def test_the_verdict_on_what_was_learned():
 
 def test_evaluation_plays_so_many_whole_games_of_each_environment(micro, monkeypatch):
     """With a player who reads the picture and never misses; each environment plays its fixed share."""
-    args = replace(micro, env_id="toys:Catch-v0")
+    args = replace(micro, env_id="examples.toys:Catch-v0")
     made, make_env = [], jedi.make_env
     monkeypatch.setattr(jedi, "make_env", lambda args: (made.append(make_env(args)), made[-1])[1])
 

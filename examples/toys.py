@@ -1,4 +1,4 @@
-"""Two toy games with known answers, as gymnasium environments: `toys:Catch-v0` and `toys:DriftingCatch-v0`."""
+"""Two toy games with known answers: `--env-id examples.toys:Catch-v0`, `examples.toys:DriftingCatch-v0`."""
 
 import gymnasium as gym
 import numpy as np

@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import torch
 import torch.nn.functional as F
-import toys
 
 import jedi_atari as jedi
+from examples import toys
 
 DEVICE = torch.device("cpu")
 

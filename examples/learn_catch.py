@@ -1,4 +1,4 @@
-"""Train the whole of JEDI on Catch and say how well it plays: python tests/learn_catch.py --seed 0
+"""Train the whole of JEDI on Catch and say how well it plays: python -m examples.learn_catch --seed 0
 
 The last line is one JSON object: mean_return of 100 games (random -0.6, perfect +1), seconds, the seed, the health of
 the world model. `--out FILE` adds it to a file as a line; `--table results/catch.jsonl` shows such a file as a table.
@@ -6,20 +6,17 @@ the world model. `--out FILE` adds it to a file as a line; `--table results/catc
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+import torch
 
-import torch  # noqa: E402
-
-import jedi_atari as jedi  # noqa: E402
+import jedi_atari as jedi
 
 # Narrow networks and few updates; the algorithm is the main script's.
 CATCH = dict(
-    env_id="toys:Catch-v0",
+    env_id="examples.toys:Catch-v0",
     preset="tiny",
     eval_every=100,
     eval_episodes=20,
