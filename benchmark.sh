@@ -12,11 +12,11 @@ set -euo pipefail
 
 here=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 for python in ${PYTHON:+"$PYTHON"} python python3; do
-    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         exec "$python" "$here/benchmark/run.py" "$@"
     elif [ "$python" = "${PYTHON-}" ]; then
         break # it was asked for by name: no other will do
     fi
 done
-echo "benchmark.sh: error: ${PYTHON:-python} is not Python 3.10 or later; activate the right environment, or set PYTHON" >&2
+echo "benchmark.sh: error: ${PYTHON:-python} is not Python 3.11 or later; activate the right environment, or set PYTHON" >&2
 exit 2

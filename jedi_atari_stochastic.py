@@ -1,3 +1,8 @@
+# /// script
+# requires-python = ">=3.11,<3.15"
+# dependencies = ["torch==2.13.0", "gymnasium==1.4.0", "ale-py==0.12.1", "numpy==2.4.6",
+#     "opencv-python-headless==5.0.0.93", "tyro==1.0.17", "tensorboard==2.21.0", "tqdm==4.70.1"]
+# ///
 """JEDI in one file, on games with chance: sticky actions and a random number of frames per action.
 As jedi_atari.py but for arguments, environment and `s_churn`; a test holds the two together.
 
@@ -15,11 +20,6 @@ pi_omega and V_omega actor-critic; z latent, a action, r reward, d termination; 
 C latent clamp. Dimensions: B batch, T time, H horizon, C x H x W a latent (16 x 8 x 8), A actions.
 """
 
-import sys
-
-if not (3, 11) <= sys.version_info[:2] <= (3, 14):  # said before an import fails of it
-    sys.exit("Python 3.11 to 3.14 is needed: for these there are the packages of requirements.txt")
-
 import collections
 import contextlib
 import dataclasses
@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+import sys
 import threading
 import time
 import zipfile
@@ -876,10 +877,9 @@ class Collector:
         self.reward_counts[int(np.sign(reward)) + 1] += 1
         replay.add(self.frame, action, reward, info["end"], frame if info["stop"] else None)
         self.frame, self.lstm = frame, None if info["stop"] else self.lstm
-        if not (terminated or truncated):
-            return []
-        finished = [self.env.episode_return]
-        self.frame, _ = self.env.reset()
+        finished = [self.env.episode_return] if terminated or truncated else []
+        if finished:
+            self.frame, _ = self.env.reset()
         return finished
 
     def state_dict(self) -> dict:
@@ -1307,9 +1307,9 @@ def train(args: Args) -> dict:
                 content["rng"] = dict(cpu=torch.get_rng_state(), cuda=cuda)
                 save_checkpoint(run_dir, content)
         final = evaluate(agent, args, args.final_episodes, len(schedule), "final evaluation")
-        metrics = {f"wm/{key}": value for key, value in final["measures"].items()}
-        metrics |= {"final/mean_return": final["mean_return"], "epoch": len(schedule)}
-        log.write({"charts/env_steps": collector.steps, **metrics})
+        row = {f"wm/{key}": value for key, value in final["measures"].items()}
+        row |= {"epoch": len(schedule), "charts/env_steps": collector.steps}
+        log.write(row | {"final/mean_return": final["mean_return"]})
         state["wall_seconds"] = time.monotonic() - begun
         return write_result(run_dir, args, collector.steps, state, final, bf16)
 

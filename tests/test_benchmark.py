@@ -171,7 +171,7 @@ def test_bad_input_is_named_and_nothing_is_written(arguments, says, here):
 
 def test_what_cannot_work_is_named(here):
     assert "--batch-size INT" in call("--preset tiny -- --batch-sise 3", JEDI)[1]
-    assert "nowhere is not Python 3.10" in call("--games Pong", PYTHON="nowhere")[1]
+    assert "nowhere is not Python 3.11" in call("--games Pong", PYTHON="nowhere")[1]
     status, said = call("--games Pong --out /dev/null/x")
     assert status == 1 and said.count("\n") == 1 and "'/dev/null/x'" in said
     assert call("--games Pong --seeds 0 --out o")[0] == 0

@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
 from conftest import MICRO, ROOT, command_line
 from packaging.markers import Marker
+from packaging.specifiers import SpecifierSet
 
 import jedi_atari as jedi
 
@@ -374,28 +376,17 @@ def test_an_args_file_of_another_version_is_refused(text, capsys, empty_folder):
         assert "args.json: no arguments of this script's version" in refused(argv, capsys)
 
 
-@pytest.mark.parametrize("version", [(2, 7, 18), (3, 10, 14), (3, 15, 0)])
-def test_another_python_is_told_before_anything_is_imported(version):
-    code = f"import runpy, sys; sys.version_info = {version}; runpy.run_path(r'{jedi.__file__}')"
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("Python 3.11 to 3.14 is needed")
-    assert done.stderr.count("\n") == 1
-
-
-def test_pip_tells_another_python_too():
-    """The first line of requirements.txt counts for no Python that the others count for."""
-    line = (ROOT / "requirements.txt").read_text().splitlines()[0]
-    name, marker = line.split(" @ ")[0], Marker(line.split(" ; ")[1].split("  #")[0])
-    assert "3.11-to-3.14" in name and "file:///" in line
-    for version, told in (
-        ("3.9", 1),
-        ("3.10", 1),
-        ("3.11", 0),
-        ("3.14", 0),
-        ("3.15", 1),
-        ("4.0", 1),
-    ):
-        assert marker.evaluate(dict(python_version=version)) == bool(told), version
+@pytest.mark.parametrize("script", ["jedi_atari.py", "jedi_atari_stochastic.py"])
+def test_the_header_for_uv_says_what_the_requirements_say(script):
+    """PEP 723: a comment block that `uv run jedi_atari.py` reads."""
+    block = re.search(r"^# /// script\n((?:# .*\n)+)# ///$", (ROOT / script).read_text(), re.M)[1]
+    header = tomllib.loads(re.sub(r"^# ", "", block, flags=re.M))
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert set(header["dependencies"]) == {line.split()[0] for line in lines[1:]}
+    marker = Marker(lines[0].split(" ; ")[1].split("  #")[0])  # counts where these do not
+    needed = SpecifierSet(header["requires-python"])
+    for version in ("3.9", "3.10", "3.11", "3.14", "3.15", "4.0"):
+        assert (version in needed) != marker.evaluate(dict(python_version=version)), version
 
 
 @pytest.mark.parametrize("name", ["events.out.tfevents.1", "metrics.jsonl", "result.json"])

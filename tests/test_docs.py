@@ -13,13 +13,13 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tomllib
 import typing
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
-import tomllib
 from conftest import MICRO, ROOT
 
 import jedi_atari as jedi
