@@ -1333,7 +1333,7 @@ def compare(chance: list[float], now: list[float]) -> str:
     (a, s), (b, t) = ((np.mean(x), np.std(x) / max(len(x) - 1, 1) ** 0.5) for x in (chance, now))
     gap = (b - a) / max(math.hypot(s, t), TINY)  # beyond 3 standard errors: p = 0.003
     sure = abs(gap) > 3 and min(len(chance), len(now)) >= 20
-    verdict = f"{'better' if gap > 0 else 'worse'} for certain" if sure else "no clear difference"
+    verdict = ("better" if gap > 0 else "worse") if sure else "no clear difference"
     shown = [f"{m:,.2f} ({m - 2 * e:,.2f} to {m + 2 * e:,.2f})" for m, e in ((a, s), (b, t))]
     games = f"{len(chance)} and {len(now)} games"
     return f"random play {shown[0]}, this agent {shown[1]} over {games}: {verdict}"

@@ -1,11 +1,11 @@
-"""Did the policy get better than chance, for certain? Trained runs beside random play of the same game.
+"""Is the trained policy better than random play? Runs beside random play of the same game.
 
     python benchmark/improvement.py runs/small                  # table and learning curves, beside the runs
     python benchmark/improvement.py runs/small --out small.jsonl    # the same, and the runs themselves in one file
     python benchmark/improvement.py small.jsonl                 # table and picture again, from that file
 
 Every run holds its own random play: `returns_random`, as many games by the same rules as it plays at the end. A run has
-improved for certain where the 95% interval of its mean return lies wholly above that of random play. Both intervals are
+improved where the 95% interval of its mean return lies wholly above that of random play. Both intervals are
 percentile bootstraps over games. Human-normalised: 0 random play, 1 a person, by the published scores of whole games;
 "cut" where some games were cut by --max-episode-steps.
 
@@ -22,9 +22,9 @@ import runs
 from runs import GAMES, Run, interval
 
 NOTE = """
-Games: of random play, of the trained agent. Better for certain: the two intervals do not touch; that is of this one
-trained policy, not of the method. Human-normalised: 0 is the published score of random play, not the run's own, 1 a
-person's; "cut": some games ended at the step limit, so there is none.
+Games: of random play, of the trained agent. Better: the trained policy's interval lies above that of random play;
+that is said of this one policy, not of the method. Human-normalised: 0 is the published score of random play, not the
+run's own, 1 a person's; "cut": some games ended at the step limit, so there is none.
 """
 
 
@@ -57,7 +57,7 @@ def table(found: list[Run]) -> str:
             "random play, 95% interval": with_interval(chance),
             "trained, 95% interval": with_interval(trained),
             "games": f"{len(chance)}, {len(trained)}",
-            "better for certain": "yes" if improved(trained, chance) else "no",
+            "better": "yes" if improved(trained, chance) else "no",
             "human-normalised": human_normalised(run),
             "steps": f"{r['env_steps']:,}",
             "rewards recognised": "no data" if recall is None else f"{recall:.0%}",
