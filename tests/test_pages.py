@@ -1,0 +1,80 @@
+"""docs/metrics.md has a line for each number that a run logs, and for no other; docs/notebook.md runs."""
+
+import json
+import re
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import MICRO, ROOT
+
+import jedi_atari as jedi
+
+
+class Everything(gym.Env):
+    """A game in which each measure has something to count: rewards, ends, and long episodes."""
+
+    metadata = {"render_modes": []}
+    observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    action_space = gym.spaces.Discrete(3)
+    length = 27  # longer than a window of the open-loop error
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return self.frame(), {}
+
+    def step(self, action):
+        self.time += 1
+        return self.frame(), float(self.time % 4 == 0), self.time == self.length, False, {}
+
+    def frame(self):
+        return np.full((64, 64, 3), 8 * self.time, np.uint8)
+
+
+def documented() -> set[str]:
+    """The keys in the first column of the page's tables; <k> is each of the numbers beside it."""
+    keys = set()
+    for cell in re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs/metrics.md").read_text(), re.M):
+        text = re.sub(
+            r"(\d+) to (\d+)", lambda m: ",".join(map(str, range(int(m[1]), int(m[2]) + 1))), cell
+        )
+        ks = re.findall(r"\d+", text)
+        keys |= {
+            name.replace("<k>", k) for name in re.findall("`([^`]+)`", cell) for k in ks or [""]
+        }
+    return keys
+
+
+def test_each_metric_has_a_line(tmp_path, monkeypatch):
+    gym.register("Everything-v0", Everything)
+    init = jedi.RewardTerminationModel.__init__
+
+    def sees_ends(
+        model, *args
+    ):  # or no step would be taken for an end: precision had nothing to count
+        init(model, *args)
+        model.head[-1].bias.data[4] = 4.0
+
+    monkeypatch.setattr(jedi.RewardTerminationModel, "__init__", sees_ends)
+    changes = dict(env_id="Everything-v0", max_episode_steps=100, total_steps=110, final_epochs=0)
+    jedi.train(jedi.Args(**MICRO | changes | dict(final_episodes=2, run_dir=str(tmp_path / "run"))))
+    rows = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    found = {key for row in rows for key in json.loads(row)}
+    assert found == documented(), "docs/metrics.md: one line `| key | meaning | healthy |` for each"
+
+
+def test_the_notebook_runs(monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot", reason="install play/requirements.txt")
+    plt.switch_backend("Agg")
+    monkeypatch.chdir(ROOT)
+    (program,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/notebook.md").read_text(), re.M | re.S
+    )
+    exec(compile(program, "docs/notebook.md", "exec"), made := {})
+    assert made["dreamed"].shape == (1, 16, 8, 8) and len(plt.gcf().axes) == 3
+    error, no_change = (
+        (x - made["z"][:, -1]).square().mean() for x in (made["dreamed"], made["z"][:, -2])
+    )
+    assert error < no_change and len(program.splitlines()) <= 16
+    plt.close("all")
