@@ -1,7 +1,7 @@
-"""Write hyperparameters.md from the fields of `Args`, so that the two cannot part.
+"""Write hyperparameters.md from the fields of `Args`, so that the two cannot part, and the README's learning curve.
 
-python docs/generate.py            # write it
-python docs/generate.py --check    # write nothing; exit with 1 if it is stale
+python docs/generate.py            # write them; needs benchmark/requirements.txt
+python docs/generate.py --check    # write nothing; exit with 1 if the page is stale
 """
 
 import argparse
@@ -119,6 +119,24 @@ The same but for these, and without {", ".join(gone)}.
 {"".join(rows)}"""
 
 
+def learning_curve(game: str = "KungFuMaster") -> None:
+    """The runs of a game in results/small.jsonl, beside random play, as small as a picture in a README."""
+    sys.path.insert(0, str(ROOT / "benchmark"))
+    import common
+    import runs
+
+    figure, axes = common.new_figure("", 1, 1, (3.1, 2.9))
+    found = [run for run in runs.find_runs(ROOT / "results/small.jsonl") if run.game == game]
+    runs.draw_runs(axes[0, 0], found, runs.LOOKS[0], None)
+    axes[0, 0].set_title(f"{game}, {len(found)} seeds", fontsize=11)
+    axes[0, 0].set(
+        xlabel="environment steps", ylabel="mean return", xticks=[20_000, 50_000, 80_000]
+    )
+    axes[0, 0].ticklabel_format(style="plain")
+    axes[0, 0].annotate("random play", (21_000, 600), fontsize=9)
+    figure.savefig(ROOT / "docs/pictures/learning.png", dpi=100)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     says = "write nothing; exit with 1 if the page is stale"
@@ -126,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     check, page = parser.parse_args(argv).check, hyperparameters_page()
     if not check:
         PAGE.write_text(page)
+        learning_curve()
     elif PAGE.read_text() != page:
         print("docs/hyperparameters.md is stale; run python docs/generate.py", file=sys.stderr)
         return 1
