@@ -59,6 +59,7 @@ SIGMA_MIN, RHO = 0.002, 7.0  # last noise level before 0 and curvature of the sa
 WEIGHT_DECAY = 0.01  # on the world model's weight matrices; none on the actor-critic [D]
 MAX_GRAD_NORM = {"diffusion": 1.0, "reward": 100.0, "policy": 100.0}  # of the three updates [D]
 PARTS = tuple(MAX_GRAD_NORM)
+TRAINED = dict(diffusion="encoder denoiser", reward="encoder reward", policy="policy")  # [P]
 EVAL_ENVS = 10  # games played at the same time in evaluation [C]
 HELDOUT_STEPS = 2_000  # evaluation steps kept to measure the world model on [C]
 MAX_OPEN_LOOP = 15  # imagined steps over which the open-loop error is measured [C]
@@ -1121,13 +1122,12 @@ def make_schedule(args: Args, first_steps: int) -> list[tuple[int, list[str], bo
 def make_optimizer(agent: Agent, part: str, args: Args) -> torch.optim.AdamW:
     """AdamW; decay on the world model's weights, not on biases, norms, embeddings [D]. The encoder
     learns with diffusion and reward, at a rate of its own [P]."""
-    rates = {} if part == "policy" else {"encoder": args.learning_rate * args.encoder_lr_scale}
-    rates["denoiser" if part == "diffusion" else part] = args.learning_rate
     groups = collections.defaultdict(list)
     for name, parameter in agent.named_parameters():
         decayed = part != "policy" and parameter.ndim > 1 and "embedding" not in name
-        if (network := name.split(".")[0]) in rates:
-            groups[rates[network], WEIGHT_DECAY * decayed].append(parameter)
+        if (network := name.split(".")[0]) in TRAINED[part].split():
+            rate = args.learning_rate * (args.encoder_lr_scale if network == "encoder" else 1)
+            groups[rate, WEIGHT_DECAY * decayed].append(parameter)
     options = [dict(params=p, peak=key[0], weight_decay=key[1]) for key, p in groups.items()]
     return torch.optim.AdamW(options, fused=True)
 

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -120,14 +119,6 @@ def test_each_section_shows_a_part_of_its_patch_and_links_it():
         assert all(line in rest for line in shown.splitlines()), name  # in the patch's order
         linked.append(name)
     assert sorted(linked) == list(PATCHES)
-
-
-def test_its_commands_are_understood():
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    assert len(lines) >= 3
-    for program, script, *argv in map(shlex.split, lines):
-        assert (program, script) == ("python", "jedi_atari.py")
-        jedi.check_args(jedi.parse_args(argv))
 
 
 @pytest.mark.parametrize("name", PATCHES)
