@@ -125,7 +125,7 @@ def learning_curve(game: str = "KungFuMaster") -> None:
     import common
     import runs
 
-    figure, axes = common.new_figure("", 1, 1, (3.1, 2.9))
+    figure, axes = common.new_figure("", 1, 1, (2.95, 2.9))
     found = [run for run in runs.find_runs(ROOT / "results/small.jsonl") if run.game == game]
     runs.draw_runs(axes[0, 0], found, runs.LOOKS[0], None)
     axes[0, 0].set_title(f"{game}, {len(found)} seeds", fontsize=11)
@@ -133,7 +133,7 @@ def learning_curve(game: str = "KungFuMaster") -> None:
         xlabel="environment steps", ylabel="mean return", xticks=[20_000, 50_000, 80_000]
     )
     axes[0, 0].ticklabel_format(style="plain")
-    axes[0, 0].annotate("random play", (21_000, 600), fontsize=9)
+    axes[0, 0].annotate("random play", (52_000, 560), fontsize=9)
     figure.savefig(ROOT / "docs/pictures/learning.png", dpi=100)
 
 
