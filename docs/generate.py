@@ -104,8 +104,8 @@ def hyperparameters_page() -> str:
     return f"""# Hyperparameters
 
 Every argument of `jedi_atari.py`, made from `Args` and `PRESETS` by `python docs/generate.py`. `--preset` chooses a
-column; a flag on the command line goes before the preset. An empty cell is the value of `paper`. A flag that is on is
-turned off with `--no-` before its name, as in `--no-compile`.
+column; a flag on the command line goes before the preset. An empty cell is the value of `paper`. `--no-compile`
+turns `--compile` off, and so on for all that can be on.
 
 Sources: [P] the JEDI papers (arXiv 2505.19698 and 2605.13013), [D] DIAMOND (arXiv 2405.12399 and its code), [E] EDM
 (arXiv 2206.00364), [C] our choice where no source says. They are those of the column `paper`; other presets are [C].
