@@ -1,6 +1,5 @@
 """The documentation says what the code does: commands parse, links lead somewhere, names exist."""
 
-import dataclasses
 import fnmatch
 import importlib
 import json
@@ -19,9 +18,9 @@ HISTORY = ROOT / "docs/log.md"  # its names and commands are those of their day
 FILES = [p for p in ROOT.rglob("*.*") if not re.search(r"/(\.\w|runs/)", str(p)[len(str(ROOT)) :])]
 PAGES = {p: p.read_text() for p in FILES if p.suffix == ".md"}
 PROGRAMS = {p: p.read_text() for p in FILES if p.suffix in (".py", ".sh", ".js", ".html", ".patch")}
-del PROGRAMS[ROOT / "tests/test_docs.py"]  # it names what does not exist
+PROGRAMS.pop(ROOT / "tests/test_docs.py")  # it names what does not exist
 TEXT = "\n".join([*PROGRAMS.values(), PAGES[ROOT / "docs/metrics.md"]])
-FIELDS = {f.name for m in (jedi, jedi_atari_stochastic) for f in dataclasses.fields(m.Args)}
+FIELDS = {*vars(jedi.Args()), *vars(jedi_atari_stochastic.Args())}
 FLAGS = {f"--{name.replace('_', '-')}" for name in FIELDS}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
@@ -37,13 +36,13 @@ def commands(text: str) -> list[str]:
     block = "".join(block for kind, block in BLOCK.findall(text) if kind == "bash")
     lines = block.replace("\\\n", " ").splitlines()
     lines += [s for s in spans(text) if re.match(r"(python|pip|uv|bash|\./\S+\.sh) ", s)]
-    lines = [line.replace("uv run ", "python ") for line in lines]
     return [c for line in lines for c in re.split(r" && | & ", line.split("#")[0]) if c.strip()]
 
 
 def check(command: str, folder) -> None:
     """Raise for a command that would not be understood."""
-    program, *words = [w for w in shlex.split(command) if w != "..." and not re.match(r"\w+=", w)]
+    words = shlex.split(command.replace("uv run ", "python "))
+    program, *words = [w for w in words if w != "..." and not re.match(r"\w+=", w)]
     if program == "pip":
         assert words[0] == "install" and all((ROOT / w).is_file() for w in words if "." in w)
     elif words and words[0] in ("jedi_atari.py", "jedi_atari_stochastic.py"):
@@ -75,9 +74,9 @@ def test_a_command_is_understood(command, page, tmp_path):
     check(command, tmp_path)
 
 
-WRONG = """python jedi_atari.py --batchsize 3; python tests/nothing.py; python -m play x --prt 3; bash no.sh
-python -m play.films x; pip install -r nothing.txt; ./benchmark.sh --game Pong; frobnicate; pip x
-./benchmark.sh -- --batchsize 3; python -m pytest tests/no.py; python jedi_atari.py --preset big"""
+WRONG = """python jedi_atari.py --batchsize 3; python tests/no.py; python -m play x --prt 3; frobnicate
+pip install -r no.txt; ./benchmark.sh --game Pong; ./benchmark.sh -- --batchsize 3; python -m play.no
+uv run jedi_atari.py --preset big; python -m pytest tests/no.py; bash no.sh"""
 
 
 @pytest.mark.parametrize("command", re.split(r"\n|; ", WRONG))
@@ -90,13 +89,13 @@ def broken(text: str, page) -> list[str]:
     """Links that lead nowhere, and those to a line of a file: it moves."""
     result, text = [], BLOCK.sub("", text)
     for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", text):
-        path, _, anchor = "".join(link).partition("#")
+        path, _, anchor = (link := "".join(link)).partition("#")
         file = (page.parent / path).resolve() if path else page
         there = file.exists() and file.is_relative_to(ROOT)
         heads = re.findall(r"^#+ (.*)", file.read_text(), re.M) if there and anchor else []
         known = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
         if not path.startswith("http") and (not there or (anchor and anchor not in known)):
-            result.append("".join(link))
+            result.append(link)
     return result
 
 
@@ -140,8 +139,8 @@ def test_what_is_made_is_up_to_date_and_the_readme_is_short():
 
 def test_the_quick_start_runs(tmp_path):
     """The README's commands that train and carry on, at the real sizes, with few steps and games."""
-    lines = [line.split() for line in commands(PAGES[ROOT / "README.md"]) if " --" in line]
-    train, resume = (line[1:] for line in lines[:2])
+    lines = [line for line in commands(PAGES[ROOT / "README.md"]) if " --" in line]
+    train, resume = (line.split()[1:] for line in lines[:2])
     resume[resume.index("runs/...")] = str(tmp_path)
     names = "total_steps first_steps_min first_steps_max final_episodes max_episode_steps"
     few = dict.fromkeys(names.split(), 20) | {name: 2 for name in FIELDS if "updates" in name}
