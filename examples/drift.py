@@ -1,4 +1,4 @@
-"""Does the world model know that a ball jumps by chance? Ten minutes on one core, with a picture.
+"""Does the world model know that a ball jumps by chance? Ten minutes on one core, and a picture.
 
     python -m examples.drift    # adds a line to runs/drift.jsonl, draws runs/drift.png
 
@@ -148,9 +148,10 @@ def measure_all(seed: int) -> dict:
 def draw(row: dict):
     """Bars: for the ball in each column, the probabilities of its next one."""
     title = (
-        "Where will the ball be next? Grey: the game itself, where it jumps to either side with "
-        "probability 1/8.\nOthers: what a world model imagines, and how far that is from the game "
-        "(total variation; 0: exact; 0.2: always the likeliest)."
+        "Where will the ball be next? Grey: the game, where it jumps to either side with "
+        "probability 1/8. Others: what a world model imagines, on average over states.\n"
+        "In the legend: how far from the game it is state by state "
+        "(total variation; 0: exact; 0.2: always says the likeliest)"
     )
     figure, axes = common.new_figure(title, 1, toys.COLUMNS, (13, 3.8), sharey=True)
     looks = {TUNED: "#0072B2", PAPERS: "#E69F00", REGRESSION: "#000000"}  # Okabe and Ito

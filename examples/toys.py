@@ -29,6 +29,10 @@ class Catch(gym.Env):
         self.ball, self.row, self.paddle = int(self.np_random.integers(COLUMNS)), 0, COLUMNS // 2
         return draw(self.ball, self.row, self.paddle), {}
 
+    def get_action_meanings(self) -> list[str]:
+        """Atari's names: `python -m play` finds the arrow keys by them."""
+        return ["LEFT", "NOOP", "RIGHT"]
+
     def step(self, action):
         self.paddle = min(max(self.paddle + int(action) - 1, 0), COLUMNS - 1)
         self.row += 1
