@@ -1,4 +1,4 @@
-"""Two toy games with known answers: `--env-id examples.toys:Catch-v0`, `examples.toys:DriftingCatch-v0`."""
+"""Two toy games with known answers: `--env-id examples.toys:Catch-v0`, or `DriftingCatch-v0`."""
 
 import gymnasium as gym
 import numpy as np
@@ -8,11 +8,12 @@ BALL, PADDLE = np.array([255, 220, 40], np.uint8), np.array([40, 120, 255], np.u
 
 
 class Catch(gym.Env):
-    """A ball falls one row a step; a paddle in the last row goes left, stays or goes right; +1 if it catches, else -1.
+    """A ball falls one row a step; a paddle in the last row goes left, stays or goes right; +1 if
+    it catches, else -1.
 
-    A game lasts `ROWS` - 1 = 5 steps. Perfect play returns +1; random play catches one ball in five: -0.6. With
-    `drift` p the ball jumps to the left or the right with probability p / 2 each, at each step; it stays where there
-    is a wall.
+    A game lasts `ROWS` - 1 = 5 steps. Perfect play returns +1; random play catches one ball in
+    five: -0.6. With `drift` p the ball jumps to the left or the right with probability p / 2 each,
+    at each step; it stays where there is a wall.
     """
 
     metadata = {"render_modes": []}
@@ -28,6 +29,10 @@ class Catch(gym.Env):
         self.ball, self.row, self.paddle = int(self.np_random.integers(COLUMNS)), 0, COLUMNS // 2
         return draw(self.ball, self.row, self.paddle), {}
 
+    def get_action_meanings(self) -> list[str]:
+        """Atari's names: `python -m play` finds the arrow keys by them."""
+        return ["LEFT", "NOOP", "RIGHT"]
+
     def step(self, action):
         self.paddle = min(max(self.paddle + int(action) - 1, 0), COLUMNS - 1)
         self.row += 1
@@ -42,7 +47,7 @@ class Catch(gym.Env):
 
 
 def draw(ball: int, row: int, paddle: int) -> np.ndarray:
-    """The picture: the paddle fills the lower half of its cell, the ball the upper half of its own."""
+    """The picture: the paddle in the lower half of its cell, the ball in the upper half of its."""
     frame = np.zeros((PIXELS, PIXELS, 3), np.uint8)
     xs, ys = (np.linspace(0, PIXELS, n + 1).round().astype(int) for n in (COLUMNS, ROWS))
     middle = (ys[1:] + ys[:-1]) // 2

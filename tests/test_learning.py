@@ -10,23 +10,11 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from test_quick_start import quick_start
 
 import jedi_atari as jedi
 from examples import drift, learn_catch, toys
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "benchmark"))
-
-import ablations  # noqa: E402
-
-# Far more play than there are states, so that no single future can be learned by heart. Whether the ball jumps is
-# decided at noise levels of about half the distance between two futures, 17 here: training and sampler must be there.
-DRIFT = {
-    "env_id": "examples.toys:DriftingCatch-v0", "denoiser_width": 32, "noise_mean": 1.2, "sigma_offset": 0.0,
-    "sample_start": "sigma_max", "sample_sigma_max": 20.0, "sample_steps": 6,
-}  # fmt: skip
-DRIFT_STEPS, DRIFT_UPDATES = 12_000, 2_000
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_catch_is_the_game_that_it_says():
@@ -68,42 +56,36 @@ def test_the_drift_is_the_one_that_it_says():
             env.reset()
         else:
             counts[before, env.unwrapped.ball] += 1
-    assert (
-        drift.total_variation(counts / counts.sum(1, keepdims=True), np.arange(5), 0.25).max()
-        < 0.04
-    )
+    shares = counts / counts.sum(1, keepdims=True)
+    assert drift.total_variation(shares, np.arange(5)).max() < 0.04
 
 
 def test_the_measure_of_chance_tells_samplers_apart():
     """Exact draws are close; always the likeliest is 0.2 away; single futures learned by heart only look close."""
     rng, columns = np.random.default_rng(0), np.repeat(np.arange(5), 400)
-    exact = np.stack([toys.next_ball(column, 0.25) for column in columns])
+    exact = drift.EXACT[columns]
     drawn = np.stack([rng.multinomial(200, p) / 200 for p in exact])
-    likeliest, by_heart = (
-        np.eye(5)[exact.argmax(1)],
-        np.stack([rng.multinomial(1, p) for p in exact]).astype(float),
-    )
+    likeliest = np.eye(5)[exact.argmax(1)]
+    by_heart = np.stack([rng.multinomial(1, p) for p in exact]).astype(float)
     for shares, least, most, pooled in (
         (drawn, 0, 0.04, 0.01),
         (likeliest, 0.199, 0.201, 0.25),
         (by_heart, 0.3, 1, 0.05),
     ):
-        each = drift.by_column(drift.total_variation(shares, columns, 0.25), columns)
+        each = drift.by_column(drift.total_variation(shares, columns), columns)
         assert least <= each.mean() <= most
-        assert (
-            drift.total_variation(drift.by_column(shares, columns), np.arange(5), 0.25).max()
-            <= pooled
-        )
+        together = drift.by_column(shares, columns)
+        assert drift.total_variation(together, np.arange(5)).max() <= pooled
 
 
 def test_the_readme_shows_the_results_of_catch():
     """Its table is made from results/catch.jsonl; a file that is none is one line of error."""
-    text, results = (HERE.parent / "README.md").read_text(), HERE.parent / "results"
+    text, results = (ROOT / "examples" / "README.md").read_text(), ROOT / "results"
     shown = text.split("<!-- catch:begin -->")[1].split("<!-- catch:end -->")[0].strip()
     assert shown == learn_catch.table(results / "catch.jsonl") and shown.count("\n") == 1 + 4
     for path in (results / "speed.jsonl", results / "README.md", results / "nothing.jsonl"):
         command = [sys.executable, "-m", "examples.learn_catch", "--table", str(path)]
-        done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and "make it with --out" in done.stderr.splitlines()[-1]
 
 
@@ -111,22 +93,28 @@ def test_the_readme_shows_the_results_of_catch():
 @pytest.mark.parametrize(
     "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 )
-def test_jedi_learns_catch(seed):
+def test_jedi_learns_catch(seed, tmp_path):
+    """And draws what it has learned; the folder is not written to again."""
+    run, out = tmp_path / "run", tmp_path / "catch.jsonl"
     command = [sys.executable, "-m", "examples.learn_catch", "--seed", str(seed)]
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=1_800)
+    command += ["--run-dir", str(run), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1_800)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    print(found)
+    assert out.read_text() in done.stdout
+    print(found := json.loads(out.read_text()))
     assert found["mean_return"] >= 0.9
+    assert {"curves.png", "games.png", "games.gif"} <= {path.name for path in run.iterdir()}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.learning
 @pytest.mark.slow
 def test_the_quick_start_learns_a_real_game(tmp_path):
     """The README's first command, on a seed that is in no table: its last line says better, and `result.json` agrees."""
-    argv = quick_start("tiny").split()[1:]
-    command = [sys.executable, *argv, "--seed", "11", "--run-dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=1_800)
+    argv = "jedi_atari.py --env-id CrazyClimber --preset tiny --seed 11 --run-dir".split()
+    command = [sys.executable, *argv, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1_800)
     assert done.returncode == 0, done.stderr
     print(done.stdout.splitlines()[-1])
     assert done.stdout.splitlines()[-1].endswith("over 40 games each: better for certain")
@@ -144,18 +132,16 @@ def test_regression_to_the_mean_has_no_chance():
     The ball stays with probability 3/4, beside a wall 7/8: the best single answer is (3 * 1/4 + 2 * 1/8) / 5 = 0.2 from
     the true distribution.
     """
-    args = jedi.Args(**{**learn_catch.CATCH, **DRIFT})
-    with ablations.regression():
-        found = drift.measure(args, DRIFT_STEPS, DRIFT_UPDATES, [{}], samples=2)
-    assert found["probe"] > 0.99 and found[str({})]["each"][0] == pytest.approx(0.2, abs=0.03)
+    with drift.ablations.regression():
+        found = drift.measure(jedi.Args(**drift.DRIFT), {drift.REGRESSION: {}}, samples=2)
+    assert found["probe"] > 0.99
+    assert found[drift.REGRESSION]["each"][0] == pytest.approx(0.2, abs=0.03)
 
 
 @pytest.mark.learning
 @pytest.mark.slow
 def test_imagined_chance_is_the_games_own():
     """The ball's next column, imagined and true: total variation at most 0.1, which no regression to a mean can do."""
-    args = jedi.Args(**{**learn_catch.CATCH, **DRIFT})
-    papers = dict(sample_start="unit", sample_sigma_max=5.0, sample_steps=3)
-    found = drift.measure(args, DRIFT_STEPS, DRIFT_UPDATES, [{}, papers])
-    assert found["probe"] > 0.99 and found[str({})]["each"][0] <= 0.1
-    assert found[str(papers)]["each"][0] > 0.1  # from unit noise, samples vary too little
+    found = drift.measure(jedi.Args(**drift.DRIFT), drift.SAMPLERS)
+    assert found["probe"] > 0.99 and found[drift.TUNED]["each"][0] <= 0.1
+    assert found[drift.PAPERS]["each"][0] > 0.1  # from unit noise, samples vary too little
