@@ -19,7 +19,7 @@ FILES = [p for p in ROOT.rglob("*.*") if not re.search(r"/(\.\w|runs/)", str(p)[
 PAGES = {p: p.read_text() for p in FILES if p.suffix == ".md"}
 PROGRAMS = {p: p.read_text() for p in FILES if p.suffix in (".py", ".sh", ".js", ".html", ".patch")}
 PROGRAMS.pop(ROOT / "tests/test_docs.py")  # it names what does not exist
-TEXT = "\n".join([*PROGRAMS.values(), PAGES[ROOT / "docs/metrics.md"]])
+TEXT = "\n".join([*PROGRAMS.values(), PAGES[ROOT / "docs/metrics.md"], *map(str, FILES)])
 FIELDS = {*vars(jedi.Args()), *vars(jedi_atari_stochastic.Args())}
 FLAGS = {f"--{name.replace('_', '-')}" for name in FIELDS}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
