@@ -117,7 +117,7 @@ def test_the_quick_start_learns_a_real_game(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1_800)
     assert done.returncode == 0, done.stderr
     print(done.stdout.splitlines()[-1])
-    assert done.stdout.splitlines()[-1].endswith("over 40 games each: better for certain")
+    assert done.stdout.splitlines()[-1].endswith("over 40 and 40 games: better")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     chance, now = (np.array(result[key]) for key in ("returns_random", "returns"))
     assert scipy.stats.mannwhitneyu(now, chance, alternative="greater").pvalue < 0.001
