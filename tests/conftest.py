@@ -43,6 +43,8 @@ MICRO = dict(
     horizon=3,
     warmup_updates=2,
 )
+# Half the time, where neither the sampler's steps nor many games matter.
+SMALL = MICRO | dict(max_episode_steps=25, final_episodes=1, sample_steps=1, encoder_stride=2)
 
 
 def command_line(args: dict) -> list[str]:

@@ -18,17 +18,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MICRO, ROOT, command_line
+from conftest import ROOT, SMALL, command_line
 from test_environment import ACTIONS
 
 import jedi_atari as jedi
 
 SLURM, JEDI = ROOT / "tests/slurm", str(ROOT / "jedi_atari.py")
 # A whole run, with all its parts, in less than the time that importing PyTorch takes.
-SMALL = dict(total_steps=60, first_steps_min=40, first_steps_max=40, max_episode_steps=20)
-SMALL |= dict(first_diffusion_updates=2, first_reward_updates=1, first_policy_updates=1)
-SMALL |= dict(final_epochs=0, final_episodes=1)
-REAL = f"--preset tiny -- {shlex.join(command_line({**MICRO, **SMALL})[2:])} --precision fp32 --device cpu"
+SHORT = dict(total_steps=60, first_steps_min=40, first_steps_max=40, final_epochs=0)
+SHORT |= dict(first_diffusion_updates=2, first_reward_updates=1, first_policy_updates=1)
+REAL = (
+    f"--preset tiny -- {shlex.join(command_line(SMALL | SHORT)[2:])} --precision fp32 --device cpu"
+)
 STUB = """
 import json, os, signal, sys, time
 from pathlib import Path

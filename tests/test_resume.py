@@ -22,14 +22,13 @@ import kill_me
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO, command_line
+from conftest import MICRO, SMALL, command_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jedi_atari as jedi
 
 HERE = Path(__file__).resolve().parent
-SMALL = MICRO | dict(max_episode_steps=25, final_episodes=1, sample_steps=1)
 SHORT = dict(total_steps=90, final_epochs=0)  # where it does not matter what was trained
 CATCH = dict(env_id="examples.toys:Catch-v0")
 EMPTY = dict(script="jedi_atari", args='{"env_id": "Pong"}', agent={})  # what a checkpoint has

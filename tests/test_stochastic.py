@@ -14,7 +14,7 @@ import kill_me
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO, ROOT, command_line
+from conftest import ROOT, SMALL, command_line
 from scipy import stats
 
 import jedi_atari as jedi
@@ -23,7 +23,6 @@ import jedi_atari_stochastic as stochastic
 SCRIPTS = [ROOT / "jedi_atari.py", ROOT / "jedi_atari_stochastic.py"]
 # Where the two scripts may differ: the header, and these functions and classes.
 MAY_DIFFER = {"Args", "Game", "PROTOCOL", "eval_only", "write_result"}
-SMALL = MICRO | dict(max_episode_steps=25, final_episodes=1, sample_steps=1)
 
 
 def definitions(path) -> dict[str, str]:
