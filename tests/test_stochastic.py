@@ -27,12 +27,13 @@ MAY_DIFFER = {"Args", "Game", "PROTOCOL", "eval_only", "write_result"}
 
 def definitions(path) -> dict[str, str]:
     """The source of each top-level statement by its name; what has none counts as `module`."""
-    text = path.read_text()
-    parts: dict[str, str] = {}
+    text, parts = path.read_text(), {}
+    lines = text.splitlines()
     for node in ast.parse(text).body[1:]:  # the first is the header
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         name = getattr(node, "name", None) or getattr(targets[0], "id", None) or "module"
-        parts[name] = parts.get(name, "") + "\n" + ast.get_source_segment(text, node)
+        source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        parts[name] = parts.get(name, "") + "\n" + source
     return parts
 
 
