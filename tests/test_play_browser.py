@@ -26,9 +26,8 @@ playwright = pytest.importorskip(
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-pytestmark = pytest.mark.skipif(
-    not CHROMIUM, reason="there is no Chromium: apt-get install chromium"
-)
+if not CHROMIUM:
+    pytest.skip("there is no Chromium: apt-get install chromium", allow_module_level=True)
 
 FLAGS = [
     "--no-sandbox",  # tests may run as root

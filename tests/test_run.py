@@ -191,11 +191,12 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(counted, tmp_path
         torch.cat([p.flatten() for p in a.parameters()]) for a in networks + others
     )
     assert not torch.equal(weights, other_weights)
-    replay = jedi.ReplayBuffer(100, torch.device("cpu"))
-    for collector in (one, other):
-        for _ in range(30):
-            collector.step(None, replay)
-    assert one.actions != other.actions and one.checksum != other.checksum
+    replays = [jedi.ReplayBuffer(100, torch.device("cpu")) for _ in range(2)]
+    for collector, replay in zip((one, other), replays, strict=True):
+        for step in range(60):
+            collector.step(None, replay, 2 if step < 30 else None)
+    assert not torch.equal(*(replay.frames[:30] for replay in replays))
+    assert one.actions != other.actions
 
 
 SCHEDULES = [
