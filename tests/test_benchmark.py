@@ -224,15 +224,11 @@ def test_a_slot_takes_the_next_run_as_soon_as_it_is_free(here):
     assert f"on , threads {max(1, jedi.usable_cores() // 2)}" in log("Pong/seed7")
 
 
-# Seconds after the start; None: when the runs have begun.
-@pytest.mark.parametrize(
-    ("number", "seconds"),
-    [
-        *((signal.SIGINT, seconds) for seconds in (0.1, 0.2, 0.4, None)),
-        (signal.SIGTERM, None),
-        (signal.SIGHUP, None),
-    ],
-)
+AT_ONCE = [(signal.SIGINT, seconds) for seconds in (0.1, 0.2, 0.4)]  # after the start
+BEGUN = [(number, None) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize(("number", "seconds"), AT_ONCE + BEGUN)
 def test_a_signal_at_any_moment_stops_the_runs_and_the_same_call_resumes(number, seconds, here):
     arguments = "--games Pong --seeds 0-2 --jobs 2 --out o"
     runner = begin(arguments, STUB="Pong/seed0=hold Pong/seed1=hold")

@@ -47,16 +47,7 @@ def address(tmp_path_factory):
     """python -m play, started as a person would; its address."""
     # PLAY_RUN: look at the page with another run.
     run_dir = os.environ.get("PLAY_RUN") or micro_run(tmp_path_factory.getbasetemp())
-    command = [
-        sys.executable,
-        "-um",
-        "play",
-        str(run_dir),
-        "--port",
-        "8123",
-        "--threads",
-        "1",
-    ]
+    command = [sys.executable, "-um", "play", str(run_dir), "--port", "8123", "--threads", "1"]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
