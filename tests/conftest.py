@@ -43,6 +43,16 @@ MICRO = dict(
     horizon=3,
     warmup_updates=2,
 )
+# Half the time, where neither the sampler's steps nor many games matter.
+SMALL = MICRO | dict(max_episode_steps=25, final_episodes=1, sample_steps=1, encoder_stride=2)
+
+# The files that take longest come first, so that two workers end together; the others take less than half a minute.
+LONG = "test_resume test_benchmark test_play_browser test_run test_play test_gpu_check".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 def command_line(args: dict) -> list[str]:

@@ -44,7 +44,8 @@ def test_every_variant_makes_finite_updates_and_leaves_the_script_as_it_was(micr
 
     before = script()
     for variant in ablations.VARIANTS.values():
-        args = replace(micro, **{"latent_norm": "none"} | variant.arguments)
+        args = dict(latent_norm="none", encoder_stride=2, reward_blocks=2) | variant.arguments
+        args = replace(micro, **args)
         with variant.change():
             agent = random_agent(args, 5)
             optimizers = {part: jedi.make_optimizer(agent, part, args) for part in jedi.PARTS}
@@ -102,7 +103,12 @@ def test_averaged_target(micro, batch):
 def test_regression_has_no_chance_in_it_and_learns_the_mean(micro):
     """Two futures of one past: regression says their mean, as it must."""
     args = replace(
-        micro, latent_norm="none", encoder_lr_scale=1e-12, target_frames=1, learning_rate=3e-3
+        micro,
+        latent_norm="none",
+        encoder_lr_scale=1e-12,
+        encoder_stride=2,
+        target_frames=1,
+        learning_rate=3e-3,
     )
     batch = random_windows(args, args.context_frames + 1, batch=2)
     n = args.context_frames
@@ -200,26 +206,28 @@ def test_a_game_that_stands_still_has_a_spread(monkeypatch):
     assert found["spread_ratio"] is None and found["spread_share_of_change"] is None
 
 
-@pytest.mark.parametrize("name", ["ablations", "stochasticity"])
-def test_tables_and_pictures_in_results_are_made_from_the_raw_ones(name, tmp_path):
-    """In a notebook's environment, too. Measuring does not touch a file of results, or one of somebody else."""
-    shutil.copy(ROOT / f"results/{name}.jsonl", tmp_path / "a.jsonl")
-    command = [
-        sys.executable,
-        str(ROOT / f"benchmark/{name}.py"),
-        "--out",
-        str(tmp_path / "a.jsonl"),
-    ]
-    env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    done = subprocess.run([*command, "--table"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr
+@pytest.mark.parametrize("script", [ablations, stochasticity], ids=lambda script: script.__name__)
+def test_tables_and_pictures_in_results_are_made_from_the_raw_ones(script, tmp_path, capsys):
+    """Measuring does not touch a file of results, or one of somebody else."""
+    name, out = script.__name__, tmp_path / "a.jsonl"
+    shutil.copy(ROOT / f"results/{name}.jsonl", out)
+    assert script.main(["--table", "--out", str(out)]) == 0 and not capsys.readouterr().err
     assert (tmp_path / "a.md").read_text() == (ROOT / f"results/{name}.md").read_text()
     one, other = (cv2.imread(str(x)) for x in (tmp_path / "a.png", ROOT / f"results/{name}.png"))
     assert one.shape == other.shape and abs(one.astype(float) - other).mean() < 5
-    (tmp_path / "a.jsonl").write_text("my notes\n")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "line 1, is cut off or not JSON" in done.stderr
-    assert (tmp_path / "a.jsonl").read_text() == "my notes\n"
+    out.write_text("my notes\n")
+    assert script.main(["--out", str(out)]) == 2
+    assert "line 1, is cut off or not JSON" in capsys.readouterr().err
+    assert out.read_text() == "my notes\n"
+
+
+def test_a_table_is_drawn_in_a_notebooks_environment(tmp_path):
+    shutil.copy(ROOT / "results/ablations.jsonl", tmp_path / "a.jsonl")
+    command = [sys.executable, str(ROOT / "benchmark/ablations.py"), "--table", "--out"]
+    env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run([*command, str(tmp_path / "a.jsonl")], env=env, capture_output=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert (tmp_path / "a.png").exists()
 
 
 def test_jobs_share_out_the_cores_that_may_be_used(tmp_path, monkeypatch):

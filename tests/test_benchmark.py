@@ -18,15 +18,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MICRO, ROOT, command_line
+from conftest import ROOT, SMALL, command_line
 from test_environment import ACTIONS
 
 import jedi_atari as jedi
 
 SLURM, JEDI = ROOT / "tests/slurm", str(ROOT / "jedi_atari.py")
 # A whole run, with all its parts, in less than the time that importing PyTorch takes.
-SMALL = dict(total_steps=60, first_steps_min=40, first_steps_max=40, max_episode_steps=20)
-REAL = f"--preset tiny -- {shlex.join(command_line({**MICRO, **SMALL})[2:])} --precision fp32 --device cpu"
+SHORT = dict(total_steps=60, first_steps_min=40, first_steps_max=40, final_epochs=0)
+SHORT |= dict(first_diffusion_updates=2, first_reward_updates=1, first_policy_updates=1)
+REAL = (
+    f"--preset tiny -- {shlex.join(command_line(SMALL | SHORT)[2:])} --precision fp32 --device cpu"
+)
 STUB = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -54,6 +57,8 @@ if does != "nothing":
 HELD = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
+if "--dry-run" in sys.argv:
+    sys.exit()  # asked in other tests
 import jedi_atari as jedi
 
 def save_and_wait(run_dir, content, save=jedi.save_checkpoint):
@@ -120,11 +125,16 @@ def test_dry_run_prints_130_commands_that_the_script_accepts(script, here):
     assert status == 0 and not list(here.iterdir())
     assert said.endswith("\n130 of 130 runs to do, run-hours: not measured\n")
     commands = [shlex.split(line) for line in said.splitlines() if "--env-id" in line]
-    parsed = [__import__(Path(script).stem).parse_args(command[2:]) for command in commands]
-    settings = {(args.preset, args.batch_size, args.resume, args.threads) for args in parsed}
-    assert settings == {("paper", 64, True, jedi.usable_cores())}
-    pairs = sorted((args.env_id, args.seed) for args in parsed)
+    after = [dict(zip(words, words[1:], strict=False)) for words in commands]
+    pairs = sorted((value["--env-id"], int(value["--seed"])) for value in after)
     assert pairs == sorted((game, seed) for game in ACTIONS for seed in range(5))
+    # What else they say is the same, so that it is enough to have the script read one.
+    own = {"--env-id", "--seed", "--run-dir"}
+    each = [zip(words, words[1:], strict=False) for words in commands]
+    assert len({tuple(word for flag, word in one if flag not in own) for one in each}) == 1
+    args = __import__(Path(script).stem).parse_args(commands[-1][2:])
+    assert (args.preset, args.batch_size, args.resume) == ("paper", 64, True)
+    assert args.threads == jedi.usable_cores()
 
 
 def test_hours_are_those_of_finished_runs_or_measured_on_this_card(here, monkeypatch):
@@ -141,9 +151,10 @@ def test_hours_are_those_of_finished_runs_or_measured_on_this_card(here, monkeyp
     assert [log(f"Pong/seed{k}").count(f"GPU {k % 7}: ") for k in (7, 8)] == [1, 1]
     lines = (ROOT / "results/speed.jsonl").read_text().splitlines()
     (hours,) = (x["projected_hours"] for x in map(json.loads, lines) if "H100" in x["device"])
-    said = call("--dry-run", JEDI, CARD="NVIDIA H100 80GB HBM3", **env)[1]
+    (script := here.parent / "jedi_atari.py").write_text(STUB)
+    said = call("--dry-run", str(script), CARD="NVIDIA H100 80GB HBM3", **env)[1]
     assert f"GPU-hours: {130 * hours:.1f} ({hours:.1f} a run, from speed.jsonl" in said
-    assert "GPU-hours: not measured" in call("--dry-run", JEDI, CARD="another", **env)[1]
+    assert "GPU-hours: not measured" in call("--dry-run", str(script), CARD="another", **env)[1]
 
 
 BAD = [
@@ -198,7 +209,7 @@ def test_failed_runs_are_tried_once_again_and_listed(here):
 
 def test_a_slot_takes_the_next_run_as_soon_as_it_is_free(here):
     arguments = "--games Pong,Krull,Qbert,Hero --seeds 0-2 --out o --runs-per-gpu 2"
-    status, said = call(arguments, CUDA_VISIBLE_DEVICES="3,GPU-x", SECONDS_EACH="1")
+    status, said = call(arguments, CUDA_VISIBLE_DEVICES="3,GPU-x", SECONDS_EACH="0.5")
     spans = [json.loads(path.read_text()) for path in Path("o").glob("*/*/span.json")]
     assert status == 0 and len(spans) == 12, said
     for device in ("3", "GPU-x"):
@@ -213,16 +224,22 @@ def test_a_slot_takes_the_next_run_as_soon_as_it_is_free(here):
     assert f"on , threads {max(1, jedi.usable_cores() // 2)}" in log("Pong/seed7")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("seconds", [0.1, 0.2, 0.4, 2])
+AT_ONCE = [(signal.SIGINT, seconds) for seconds in (0.1, 0.2, 0.4)]  # after the start
+BEGUN = [(number, None) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize(("number", "seconds"), AT_ONCE + BEGUN)
 def test_a_signal_at_any_moment_stops_the_runs_and_the_same_call_resumes(number, seconds, here):
     arguments = "--games Pong --seeds 0-2 --jobs 2 --out o"
     runner = begin(arguments, STUB="Pong/seed0=hold Pong/seed1=hold")
-    time.sleep(seconds)
+    if seconds:
+        time.sleep(seconds)
+    else:
+        wait_until(lambda: all("epoch" in log(f"Pong/seed{k}") for k in (0, 1)), "the runs")
     os.killpg(runner.pid, number)
     status, said = finish(runner)
     assert status in (128 + number, -number)  # the second where Python had not yet started
-    if seconds == 2:
+    if not seconds:
         assert status > 0 and f"stopped by {number.name}; repeat the same call" in said
     said = call(f"--status {arguments}")[1]
     assert said.endswith("3 runs: 0 done, 0 running, 0 failed, 3 waiting\n")
@@ -231,7 +248,9 @@ def test_a_signal_at_any_moment_stops_the_runs_and_the_same_call_resumes(number,
 
 def test_two_runners_on_one_folder_never_start_the_same_run(here):
     arguments = "--games Pong,Krull,Hero,Qbert --seeds 0-1 --jobs 2 --out o"
-    said = [finish(runner)[1] for runner in [begin(arguments, SECONDS_EACH="1") for _ in range(2)]]
+    said = [
+        finish(runner)[1] for runner in [begin(arguments, SECONDS_EACH="0.5") for _ in range(2)]
+    ]
     assert min(text.count(" begun on ") for text in said) > 0  # both had a part in it
     assert (
         begun(*(str(path.parent)[2:] for path in Path("o").glob("*/*/result.json"))) == [1] * 8
@@ -246,7 +265,7 @@ def test_of_two_settings_at_once_one_is_refused(here):
 def test_a_folder_that_is_gone_or_no_folder_costs_no_other_run(here):
     Path("o/Pong").mkdir(parents=True)
     Path("o/Pong/seed1").touch()
-    runner = begin("--games Pong --seeds 0-3 --jobs 2 --out o", SECONDS_EACH="1")
+    runner = begin("--games Pong --seeds 0-3 --jobs 2 --out o", SECONDS_EACH="0.5")
     wait_until(lambda: "epoch" in log("Pong/seed0"), "the run")
     subprocess.run(["rm", "-r", "o/Pong/seed0"], check=True)
     status, said = finish(runner)
@@ -320,7 +339,7 @@ def tasks() -> str:
 def test_slurm_packs_runs_and_collects_each_exit_status(cluster, here):
     arguments = "--games Pong,Krull,Qbert --seeds 0-1 --out o"
     what = "Krull/seed0=crash Qbert/seed0=kill"
-    job = submit(f"--runs-per-gpu 2 {arguments}", STUB=what, SECONDS_EACH="1")
+    job = submit(f"--runs-per-gpu 2 {arguments}", STUB=what, SECONDS_EACH="0.5")
     assert "nothing submitted (to end these: scancel --name=" in call(f"--slurm {arguments}")[1]
     wait_until(lambda: not queue(), "the end of the array")
     jobs = [ask("scontrol", "show", "job", f"{job}_{k}") for k in range(3)]
@@ -350,9 +369,9 @@ def outcome(folder: Path) -> tuple:
 @functools.cache
 def plain(run: str) -> tuple:
     """What a run of jedi_atari.py comes to that nobody disturbs and that benchmark.sh has no part in."""
-    words = f"{JEDI} --seed 0 --env-id {run.split('/')[0]} {REAL.replace('-- ', '')} --run-dir"
-    command = [sys.executable, *words.split(), folder := tempfile.mkdtemp()]
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    folder = tempfile.mkdtemp()
+    words = f"--seed 0 --env-id {run.split('/')[0]} {REAL.replace('-- ', '')} --run-dir {folder}"
+    assert jedi.main(words.split()) == 0
     return outcome(Path(folder))
 
 
@@ -371,6 +390,7 @@ def test_a_run_of_an_interrupted_pool_comes_to_what_a_plain_run_comes_to(here):
     assert "resumed after epoch 1" in log(run) and outcome(Path("o", run)) == plain(run)
 
 
+@pytest.mark.slow
 def test_slurm_requeued_and_cancelled_runs_come_to_what_plain_runs_come_to(cluster):
     runs = *crashed, cancelled = "Pong/seed0", "Krull/seed0", "Hero/seed0"
     arguments = f"--games Pong,Krull,Hero --seeds 0 --out o --runs-per-gpu 2 {REAL}"

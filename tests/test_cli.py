@@ -10,7 +10,7 @@ import tomllib
 
 import pytest
 import torch
-from conftest import MICRO, ROOT, command_line
+from conftest import MICRO, ROOT, SMALL, command_line
 from packaging.markers import Marker
 from packaging.specifiers import SpecifierSet
 
@@ -395,7 +395,8 @@ def test_files_of_something_else_are_left_alone(name, capsys, empty_folder):
     (empty_folder / "x").mkdir()
     (empty_folder / "x" / name).write_text("precious")
     for more in ([], ["--resume"]):
-        assert "already holds a run" in refused(["--run-dir", "x", *more], capsys)
+        argv = ["--preset", "tiny", "--run-dir", "x", *more]
+        assert "already holds a run" in refused(argv, capsys)
     assert [p.name for p in (empty_folder / "x").iterdir()] == [name]
     assert (empty_folder / "x" / name).read_text() == "precious"
 
@@ -426,7 +427,8 @@ def test_the_cores_of_a_container(tmp_path, capsys, micro, monkeypatch):
 def test_compilation_that_cannot_work_names_the_way_out(tmp_path):
     """Without a C++ compiler; a finished compilation is not taken from a cache."""
     environment = os.environ | dict(CXX="/nothing/here", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
-    words = command_line(MICRO | dict(run_dir=tmp_path / "r", device="cpu"))
+    catch = dict(env_id="examples.toys:Catch-v0", run_dir=tmp_path / "r", device="cpu")
+    words = command_line(SMALL | catch)
     command = [sys.executable, jedi.__file__, *words, "--compile"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr

@@ -32,10 +32,10 @@ def test_all_checks_pass(tmp_path):
     assert results["5"]["seen"]["graphs_first_later"] == [9, 0]
 
 
-def test_the_checks_of_graphs_pass_without_the_games_packages(tmp_path):
+def test_a_check_passes_without_the_games_packages(tmp_path):
     names = ("ale_py", "cv2", "gymnasium", "tqdm", "tyro")
     hidden = f"import sys\nsys.modules.update(dict.fromkeys({names}))\n"
-    done = check(tmp_path, "--only", "2", "4", before=hidden)
+    done = check(tmp_path, "--only", "2", before=hidden)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -47,11 +47,11 @@ import emulated_graph, torch
 replay = emulated_graph.Graph.replay
 emulated_graph.Graph.replay = lambda self: (torch.manual_seed(0), replay(self))
 """
-    done = check(tmp_path, "--only", "3", "4", before=broken)
+    done = check(tmp_path, "--only", "4", before=broken)
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "failed: 4 graphs"
     results = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert results["3"]["passed"] and "recorded" in results["4"]["unmet"][0]
+    assert "recorded" in results["4"]["unmet"][0]
 
 
 def test_a_check_that_hangs_or_dies_leaves_the_others(tmp_path):
@@ -59,7 +59,7 @@ def test_a_check_that_hangs_or_dies_leaves_the_others(tmp_path):
 if "--child" in sys.argv:
     time.sleep(600) if sys.argv[-1] == "1" else os.abort() if sys.argv[-1] == "2" else None
 """
-    done = check(tmp_path, "--only", "1", "2", "3", "--budget", "45", before=hanging)
+    done = check(tmp_path, "--only", "1", "2", "3", "--budget", "41", before=hanging)
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "failed: 1 machine, 2 eager updates"
     unmet = [r["unmet"] for r in json.loads((tmp_path / "gpu_check.json").read_text()).values()]

@@ -37,9 +37,11 @@ def micro_run(folder: Path, script=jedi) -> Path:
     writes into it."""
     run_dir = folder / f"play-run-{script.__name__}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "UPDATES", 20)
+        patch.setattr(runs, "UPDATES", 5)
         patch.setattr(runs, "PROBE", 16)
-        script.train(script.Args(**MICRO | {"run_dir": str(run_dir), "final_episodes": 1}))
+        script.train(
+            script.Args(**MICRO | dict(run_dir=str(run_dir), final_episodes=1, encoder_stride=2))
+        )
         assert runs.load_run(run_dir, "cpu").decoder
     return run_dir
 

@@ -20,11 +20,14 @@ from conftest import ROOT
 from PIL import Image
 from test_play import micro_run
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+)
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
+if not CHROMIUM:
+    pytest.skip("there is no Chromium: apt-get install chromium", allow_module_level=True)
 
 FLAGS = [
     "--no-sandbox",  # tests may run as root
@@ -44,16 +47,7 @@ def address(tmp_path_factory):
     """python -m play, started as a person would; its address."""
     # PLAY_RUN: look at the page with another run.
     run_dir = os.environ.get("PLAY_RUN") or micro_run(tmp_path_factory.getbasetemp())
-    command = [
-        sys.executable,
-        "-um",
-        "play",
-        str(run_dir),
-        "--port",
-        "8123",
-        "--threads",
-        "1",
-    ]
+    command = [sys.executable, "-um", "play", str(run_dir), "--port", "8123", "--threads", "1"]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -163,7 +157,7 @@ def inside(page, selector: str) -> bool:
 
 def test_it_opens_still_and_begins_with_an_arrow_key(browser, address, tmp_path):
     with opened(browser, address, going=False, viewport=LAPTOP) as page:
-        page.wait_for_timeout(500)
+        page.wait_for_timeout(300)
         assert step_count(page) == step_count(page, "dream") == 0
         assert text(page, "h1") == "Pong and its dream"
         assert re.fullmatch(
@@ -270,6 +264,7 @@ def test_a_dark_scheme(browser, address):
 
 def test_the_arrow_keys_move_the_paddle_of_the_real_pong(page):
     heights = {}
+    page.evaluate("send('speed', 4)")
     for key in ("ArrowUp", "ArrowDown"):
         page.keyboard.down(key)
         wait_steps(page, 25)
@@ -394,6 +389,7 @@ def test_on_a_phone_the_touch_buttons_play(browser, address, tmp_path, size):
             assert min(box["width"], box["height"]) >= 44
         assert page.locator("[data-key=left]").is_hidden()  # does what down does
         heights, places = {}, set()
+        page.evaluate("send('speed', 4)")
         for key in ("up", "down"):
             with touching(page, key):
                 wait_steps(page, 25)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ import emulated_graph
 import jedi_atari as jedi
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-ROUNDS = 16
+# Episodes come after these rounds: to four, drawn otherwise than fewer; one more; so many that the arrays grow. With
+# one call as written, then one recorded and one replayed, before each.
+COMING, ROUNDS = {2: 2, 5: 1, 6: 10}, 10
 
 
 class Run:
@@ -32,7 +35,7 @@ class Run:
                 jedi.update, self.agent, part, optimizer, self.replay, args=args, bf16=bf16
             )
             self.steps[part] = jedi.Recorded(program, self.replay, True)
-            self.steps[part].active = recorded
+            self.steps[part].active, self.steps[part].WARM_UP = recorded, 1
 
     def play(self, episodes: int) -> None:
         for _ in range(episodes):
@@ -44,13 +47,12 @@ class Run:
                 self.replay.add(frame, action, reward, last is not None, last)
 
     def round(self, number: int) -> None:
-        """One update of each part; every fourth round new episodes, which also double the arrays."""
+        """One update of each part, then new episodes."""
         for step in self.steps.values():
             metrics = step(number)
             self.found.append(torch.stack(list(metrics.values())).clone())
         torch.rand(3)  # somebody else draws, too
-        if number % 4 == 3:
-            self.play(2)
+        self.play(COMING.get(number, 0))
 
     def state(self) -> list[torch.Tensor]:
         """All that must agree: metrics, weights and buffers, the optimisers' moments, the generator."""
@@ -65,12 +67,12 @@ def run(args: jedi.Args, recorded: bool, bf16: bool = False) -> Run:
     return play_and_update(args, recorded, bf16)
 
 
-def play_and_update(args: jedi.Args, recorded: bool, bf16: bool = False) -> Run:
+def play_and_update(args: jedi.Args, recorded: bool, bf16: bool = False, rounds=ROUNDS) -> Run:
     made = Run(args, recorded, bf16)
     torch.manual_seed(0)
     made.play(2)
     with emulated_graph.emulated():
-        for number in range(ROUNDS):
+        for number in range(rounds):
             made.round(number)
     return made
 
@@ -82,16 +84,17 @@ def same(one: Run, other: Run) -> bool:
 
 @pytest.fixture
 def args(micro) -> jedi.Args:
-    changes = dict(sample_steps=2, s_churn=0.5, reward_dreamed=0.5, warmup_updates=10)
+    changes = dict(sample_steps=2, s_churn=0.5, reward_dreamed=0.5, warmup_updates=ROUNDS)
+    changes |= dict(encoder_stride=2, reward_blocks=2)
     return replace(micro, latent_norm="center", **changes)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_recorded_and_written_updates_agree_bit_for_bit(args, bf16):
-    """While the rate warms up, episodes are added (from two, drawn otherwise than four and more) and arrays grow."""
+    """While the rate warms up, episodes are added and arrays grow."""
     recorded = run(args, True, bf16)
     assert same(run(args, False, bf16), recorded)
-    assert recorded.replay.num_episodes > 8 and len(recorded.replay.frames) > 60
+    assert recorded.replay.num_episodes == 15 and len(recorded.replay.frames) > 60
     assert all(step.graph.calls for step in recorded.steps.values())
 
 
@@ -107,39 +110,34 @@ DRAW = jedi.ReplayBuffer._draw
 @pytest.mark.parametrize("fault", ["rate", "episodes", "addresses"])
 def test_what_a_recording_freezes_would_be_noticed(args, fault, monkeypatch):
     """The learning rate as a number, episodes counted by the host, arrays that moved: each must differ."""
-    written = run(args, False)
-    if fault == "rate":
-        call = jedi.Recorded.__call__
+    written, call = run(args, False), jedi.Recorded.__call__
 
-        def with_a_number(self, number):
-            program = self.program
-            self.program = lambda _: program(number)
-            try:
-                return call(self, number)
-            finally:
-                self.program = program
+    def frozen(self, number):
+        given = self.program, self.replay
+        if fault == "rate":
+            self.program = lambda _: given[0](number)
+        else:
+            unmoved = SimpleNamespace(data_ptr=lambda: 0)
+            self.replay = SimpleNamespace(frames=unmoved, num_episodes=given[1].num_episodes)
+        try:
+            return call(self, number)
+        finally:
+            self.program, self.replay = given
 
-        monkeypatch.setattr(jedi.Recorded, "__call__", with_a_number)
     if fault == "episodes":
         monkeypatch.setattr(jedi.ReplayBuffer, "_draw", draw_with_numbers)
-    if fault == "addresses":
-        monkeypatch.setattr(torch.Tensor, "data_ptr", lambda self: 0)
-        monkeypatch.setattr(emulated_graph, "memory_of", id_of_memory)
-    assert not same(written, play_and_update(args, True))
-
-
-def id_of_memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    else:
+        monkeypatch.setattr(jedi.Recorded, "__call__", frozen)
+    found, first = play_and_update(args, True), {"rate": 2, "episodes": 6, "addresses": 7}[fault]
+    equal = [torch.equal(a, b) for a, b in zip(written.found, found.found, strict=True)]
+    assert all(equal[: 3 * first]) and not all(equal[3 * first : 3 * first + 3])
 
 
 def test_a_resumed_run_ends_with_the_same_bits(args):
     """Weights, moments, generator and play are all: recordings are made anew."""
-    whole, first = run(args, True), Run(args, True)
-    torch.manual_seed(0)
-    first.play(2)
+    whole, half = run(args, True), ROUNDS // 2
+    first = play_and_update(args, True, rounds=half)
     with emulated_graph.emulated():
-        for number in range(ROUNDS // 2):
-            first.round(number)
         generator, second = torch.get_rng_state(), Run(args, True)
         second.agent.load_state_dict(first.agent.state_dict())
         for part, optimizer in second.optimizers.items():
@@ -149,20 +147,20 @@ def test_a_resumed_run_ends_with_the_same_bits(args):
             copied = value.clone() if isinstance(value, torch.Tensor) else value
             setattr(second.replay, name, copied)
         torch.set_rng_state(generator)
-        for number in range(ROUNDS // 2, ROUNDS):
+        for number in range(half, ROUNDS):
             second.round(number)
     assert same(whole, second)
 
 
 def test_a_replay_shows_what_is_not_finite(args):
     """A NaN that comes after the recording is in what the replay returns."""
-    made = play_and_update(args, True)
+    made = play_and_update(args, True, rounds=2)
     with torch.no_grad():
         made.agent.denoiser.conv_in.weight[0, 0, 0, 0] = torch.nan
     with emulated_graph.emulated():
         for part in ("diffusion", "policy"):
             assert made.steps[part].graph is not None
-            assert not made.steps[part](ROUNDS)["loss"].isfinite(), part
+            assert not made.steps[part](2)["loss"].isfinite(), part
 
 
 def update_on_meta(args: jedi.Args, part: str, episodes: int) -> dict[str, torch.Tensor]:
@@ -187,18 +185,6 @@ def test_nothing_in_an_update_reads_from_the_device(args, part, latent_norm, epi
     args = replace(args, latent_norm=latent_norm)
     found = update_on_meta(args, part, episodes)
     assert all(value.device == META and value.dim() == 0 for value in found.values())
-
-
-@pytest.mark.parametrize("fault", ["read", "host"])
-def test_a_read_or_a_tensor_of_the_host_would_be_noticed(args, fault, no_autocast, monkeypatch):
-    mean = jedi.masked_mean
-    faults = {
-        "read": lambda v, m: mean(v, m) * float(m.sum()),
-        "host": lambda v, m: mean(v, m) + torch.ones(1),
-    }
-    monkeypatch.setattr(jedi, "masked_mean", faults[fault])
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        update_on_meta(args, "diffusion", 9)
 
 
 def test_one_window_is_drawn_without_waiting(args, monkeypatch):

@@ -357,6 +357,7 @@ def test_real_run_folder_is_understood(tmp_path, micro):
 
     short = dict(total_steps=90, first_steps_max=70, first_diffusion_updates=1, final_epochs=0)
     short |= dict(first_reward_updates=1, env_id="ALE/Freeway-v5", run_dir=str(tmp_path / "run"))
+    short |= dict(encoder_stride=2, sample_steps=1)
     trained = jedi.train(jedi.dataclasses.replace(micro, **short))
     (run,) = runs.find_runs(tmp_path)
     assert run.game == "Freeway" and run.cut

@@ -1,7 +1,6 @@
 """The stochastic script: its chance against the emulator's own frame counter, and its likeness to the main script."""
 
 import ast
-import difflib
 import json
 import multiprocessing
 import os
@@ -14,7 +13,7 @@ import kill_me
 import numpy as np
 import pytest
 import torch
-from conftest import MICRO, ROOT, command_line
+from conftest import ROOT, SMALL, command_line
 from scipy import stats
 
 import jedi_atari as jedi
@@ -23,17 +22,17 @@ import jedi_atari_stochastic as stochastic
 SCRIPTS = [ROOT / "jedi_atari.py", ROOT / "jedi_atari_stochastic.py"]
 # Where the two scripts may differ: the header, and these functions and classes.
 MAY_DIFFER = {"Args", "Game", "PROTOCOL", "eval_only", "write_result"}
-SMALL = MICRO | dict(max_episode_steps=25, final_episodes=1, sample_steps=1)
 
 
 def definitions(path) -> dict[str, str]:
     """The source of each top-level statement by its name; what has none counts as `module`."""
-    text = path.read_text()
-    parts: dict[str, str] = {}
+    text, parts = path.read_text(), {}
+    lines = text.splitlines()
     for node in ast.parse(text).body[1:]:  # the first is the header
         targets = getattr(node, "targets", [getattr(node, "target", None)])
         name = getattr(node, "name", None) or getattr(targets[0], "id", None) or "module"
-        parts[name] = parts.get(name, "") + "\n" + ast.get_source_segment(text, node)
+        source = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+        parts[name] = parts.get(name, "") + "\n" + source
     return parts
 
 
@@ -41,19 +40,8 @@ def test_the_two_scripts_differ_only_where_the_environments_do():
     main, other = (definitions(path) for path in SCRIPTS)
     drifted = {name for name in main | other if main.get(name) != other.get(name)}
     assert drifted <= MAY_DIFFER, f"drifted apart: {', '.join(sorted(drifted - MAY_DIFFER))}"
-    lines = difflib.ndiff(*(path.read_text().splitlines() for path in SCRIPTS))
-    changed = sum(line[:2] in ("- ", "+ ") for line in lines)
-    assert 20 < changed <= 50, changed
     for name in ("write_result", "eval_only"):
         assert main[name].replace('"plain"', '"stochastic"') == other[name]
-
-
-def test_the_comparison_sees_a_drift(tmp_path):
-    """The check above can fail: one changed number in one function is found, and named."""
-    altered = tmp_path / "altered.py"
-    altered.write_text(SCRIPTS[0].read_text().replace("1 - lambda_", "2 - lambda_"))
-    main, other = definitions(SCRIPTS[0]), definitions(altered)
-    assert {name for name in main if main[name] != other[name]} == {"lambda_returns"}
 
 
 def make(seed: int, low: int, high: int, sticky: float, game: str = "Breakout") -> stochastic.Game:
