@@ -78,3 +78,11 @@ def test_the_notebook_runs(monkeypatch):
     )
     assert error < no_change and len(program.splitlines()) <= 16
     plt.close("all")
+
+
+def test_a_checkpoint_alone_gives_the_agent(monkeypatch):
+    text = (ROOT / "docs/reliability.md").read_text().replace("runs/Pong__...", "play/showcase")
+    (program,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    monkeypatch.chdir(ROOT)
+    exec(compile(program, "docs/reliability.md", "exec"), made := {})
+    assert sum(p.numel() for p in made["agent"].parameters()) > 2_000_000
