@@ -44,6 +44,8 @@ def run(script: str, main: Callable, *given) -> int:
     """Exit status of a script: 0; 2 for bad input, 1 where a file cannot be read or written, each with one line."""
     try:
         main(*given)
+    except KeyboardInterrupt:
+        return print(f"{script}: stopped", file=sys.stderr) or 130
     except (ValueError, OSError) as error:
         if isinstance(error, OSError):
             return print(f"{script}: failed: {error}", file=sys.stderr) or 1

@@ -144,8 +144,13 @@ def main(argv: list[str] | None = None) -> int:
     check, page = parser.parse_args(argv).check, hyperparameters_page()
     if not check:
         PAGE.write_text(page)
-        learning_curve()
-    elif PAGE.read_text() != page:
+        try:
+            learning_curve()
+        except ImportError as error:
+            print(
+                f"no picture: {error}; pip install -r benchmark/requirements.txt", file=sys.stderr
+            )
+    elif not PAGE.exists() or PAGE.read_text() != page:
         print("docs/hyperparameters.md is stale; run python docs/generate.py", file=sys.stderr)
         return 1
     return 0

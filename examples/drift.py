@@ -137,6 +137,7 @@ def measure(args: jedi.Args, samplers: dict[str, dict], samples: int = 200, coun
 def measure_all(seed: int) -> dict:
     """A row of the file: the three settings."""
     begun, args = time.monotonic(), jedi.Args(**DRIFT, seed=seed)
+    jedi.check_args(args)
     command = shlex.join(["python", "-m", "examples.drift", *sys.argv[1:]])
     row = common.about("") | dict(command=command, seed=seed)
     row |= measure(args, SAMPLERS)
@@ -174,7 +175,7 @@ def draw(row: dict):
 
 def main(options) -> None:
     if not options.table:
-        common.open_rows(options.out)
+        common.open_rows(options.out, TUNED, PAPERS, REGRESSION)
         torch.set_num_threads(1)
         common.add_row(options.out, measure_all(options.seed))
     rows = common.read_rows(options.out, TUNED, PAPERS, REGRESSION)

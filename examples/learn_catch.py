@@ -38,7 +38,8 @@ CATCH = dict(
 def learn_catch(seed: int, run_dir: Path, **changes) -> dict:
     """One run; returns its figures."""
     begun = time.monotonic()
-    result = jedi.train(jedi.Args(**CATCH | {"seed": seed, "run_dir": str(run_dir)} | changes))
+    run = dict(seed=seed, run_dir=str(run_dir), resume=True)  # again after a stop: it carries on
+    result = jedi.train(jedi.Args(**CATCH | run | changes))
     found = dict(seed=seed, seconds=round(time.monotonic() - begun, 1))
     keys = "mean_return open_loop_ratio reward_recall peak_memory_bytes measures updates".split()
     return found | {"threads": torch.get_num_threads()} | {key: result[key] for key in keys}
@@ -127,7 +128,8 @@ def draw(folder: Path, threads: int) -> None:
     actions, dreams = three_games(run)
     moments = [moment for dream in dreams for moment in pictures.moments_of(dream)]
     curves = pictures.learning_curves([*rows.values()], f"Catch, {run.about}", run.args)
-    curves.save(folder / "curves.png")
+    if curves:  # of three points at least
+        curves.save(folder / "curves.png")
     film_strip(actions, dreams).savefig(folder / "games.png", dpi=90)
     (folder / "games.gif").write_bytes(pictures.film(moments, ([800] * 5 + [2_000]) * 3))
     print("pictures:", *(folder / name for name in ("curves.png", "games.png", "games.gif")))
@@ -149,15 +151,18 @@ def main() -> int:
         if args.table:
             return print(table(args.table)) or 0
         if not args.draw:
+            file = open(args.out, "a") if args.out else None  # told now if it cannot be written
             line = json.dumps(learn_catch(args.seed, folder, threads=args.threads))
-            if args.out:
-                with open(args.out, "a") as file:
-                    file.write(f"{line}\n")
             print(line, flush=True)
+            if file:
+                print(line, file=file, flush=True)
         draw(folder, args.threads)
         return 0
     except ModuleNotFoundError:
-        status, text = 0, f"no pictures: pip install -r play/requirements.txt, then --draw {folder}"
+        status, text = (
+            int(bool(args.draw)),
+            f"no pictures: pip install -r play/requirements.txt, then --draw {folder}",
+        )
     except (jedi.BadInput, OSError) as error:
         status, text = 2, f"error: {error}"
     except KeyboardInterrupt:

@@ -64,7 +64,8 @@ class Run:
         size, cpu = len(self.saved["collector"]["actions"]) + 1_000, torch.device("cpu")
         replay = self.script.ReplayBuffer(size, cpu)
         try:
-            self.collector.load_state_dict(self.saved["collector"], replay)
+            collector = self.script.Collector(self.args)
+            collector.load_state_dict(self.saved["collector"], replay)
         except BadInput as error:  # another emulator than the run's: still its game
             print(f"not quite the run's own play: {error}")
         return replay
@@ -143,9 +144,10 @@ def load_script(name: str, folder: Path, named: Path | None = None) -> ModuleTyp
 
 
 def load_run(
-    folder: Path, device: str = "auto", threads: int = 0, script: Path | None = None
+    folder: Path | str, device: str = "auto", threads: int = 0, script: Path | None = None
 ) -> Run:
     """Read a run's folder; writes nothing. Raises `BadInput` if it cannot be used here."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}; name that of a run, as runs/Pong__...")
     saved = jedi_atari.load_checkpoint(folder)

@@ -223,7 +223,8 @@ def test_a_run_of_the_other_script_plays_too(tmp_path):
     session.close()
 
 
-def test_games_that_are_not_atari_have_numbered_actions(micro):
+def test_games_that_name_no_actions_have_numbered_ones(micro, monkeypatch):
+    monkeypatch.delattr("examples.toys.Catch.get_action_meanings")
     collector = jedi.Collector(replace(micro, env_id="examples.toys:Catch-v0"))
     run = runs.Run(Path(), jedi, micro, None, {}, collector)
     assert run.meanings == ("ACTION 0", "ACTION 1", "ACTION 2")
@@ -803,6 +804,12 @@ def test_without_a_run_the_showcase_is_played():
     assert run.game == "Pong" and len(run.open_loop) >= 50 and "showcase" in run.about
     assert run.replay.size > 300 and (run.folder / "decoder.pt").is_file()
     assert sum(path.stat().st_size for path in run.folder.iterdir()) < 15e6
+
+
+def test_the_replay_is_the_runs_own_whatever_else_its_collector_played(run_dir):
+    one, other = (runs.load_run(str(run_dir), "cpu") for _ in range(2))
+    one.collector.step(None, jedi.ReplayBuffer(10, one.device))
+    assert torch.equal(one.replay.frames, other.replay.frames)
 
 
 def test_a_run_of_a_script_that_is_not_here(capsys, run_dir, tmp_path):
