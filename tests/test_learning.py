@@ -78,15 +78,15 @@ def test_the_measure_of_chance_tells_samplers_apart():
         assert drift.total_variation(together, np.arange(5)).max() <= pooled
 
 
-def test_the_readme_shows_the_results_of_catch():
+def test_the_readme_shows_the_results_of_catch(monkeypatch, capsys):
     """Its table is made from results/catch.jsonl; a file that is none is one line of error."""
     text, results = (ROOT / "examples" / "README.md").read_text(), ROOT / "results"
     shown = text.split("<!-- catch:begin -->")[1].split("<!-- catch:end -->")[0].strip()
     assert shown == learn_catch.table(results / "catch.jsonl") and shown.count("\n") == 1 + 4
     for path in (results / "speed.jsonl", results / "README.md", results / "nothing.jsonl"):
-        command = [sys.executable, "-m", "examples.learn_catch", "--table", str(path)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 2 and "make it with --out" in done.stderr.splitlines()[-1]
+        monkeypatch.setattr(sys, "argv", ["learn_catch", "--table", str(path)])
+        assert learn_catch.main() == 2
+        assert "make it with --out" in (error := capsys.readouterr().err) and error.count("\n") == 1
 
 
 @pytest.mark.learning
