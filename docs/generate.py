@@ -1,7 +1,9 @@
 """Write hyperparameters.md from the fields of `Args`, so that the two cannot part, and the README's learning curve.
 
-python docs/generate.py            # write them; needs benchmark/requirements.txt
-python docs/generate.py --check    # write nothing; exit with 1 if the page is stale
+    python docs/generate.py            # write them
+    python docs/generate.py --check    # write nothing; exit with 1 if the page is stale
+
+The learning curve, of the runs in results/small.jsonl, needs benchmark/requirements.txt.
 """
 
 import argparse

@@ -383,7 +383,8 @@ def test_the_header_for_uv_says_what_the_requirements_say(script):
     header = tomllib.loads(re.sub(r"^# ", "", block, flags=re.M))
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert set(header["dependencies"]) == {line.split()[0] for line in lines[1:]}
-    marker = Marker(lines[0].split(" ; ")[1].split("  #")[0])  # counts where these do not
+    name, marker = lines[0].split(" @ ")[0], Marker(lines[0].split(" ; ")[1].split("  #")[0])
+    assert "3.11-to-3.14" in name and "file:///" in lines[0]  # counts where the others do not
     needed = SpecifierSet(header["requires-python"])
     for version in ("3.9", "3.10", "3.11", "3.14", "3.15", "4.0"):
         assert (version in needed) != marker.evaluate(dict(python_version=version)), version

@@ -33,17 +33,22 @@ class Everything(gym.Env):
         return np.full((64, 64, 3), 8 * self.time, np.uint8)
 
 
+def program_of(page: str) -> str:
+    """The one Python program of a page."""
+    text = (ROOT / "docs" / page).read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    return program
+
+
 def documented() -> set[str]:
     """The keys in the first column of the page's tables; <k> is each of the numbers beside it."""
     keys = set()
     for cell in re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs/metrics.md").read_text(), re.M):
-        text = re.sub(
-            r"(\d+) to (\d+)", lambda m: ",".join(map(str, range(int(m[1]), int(m[2]) + 1))), cell
-        )
-        ks = re.findall(r"\d+", text)
-        keys |= {
-            name.replace("<k>", k) for name in re.findall("`([^`]+)`", cell) for k in ks or [""]
-        }
+        ks = re.findall(r"\d+", cell) or [""]
+        if " to " in cell:
+            ks = range(int(ks[0]), int(ks[1]) + 1)
+        names = re.findall("`([^`]+)`", cell)
+        keys |= {name.replace("<k>", str(k)) for name in names for k in ks}
     return keys
 
 
@@ -51,9 +56,8 @@ def test_each_metric_has_a_line(tmp_path, monkeypatch):
     gym.register("Everything-v0", Everything)
     init = jedi.RewardTerminationModel.__init__
 
-    def sees_ends(
-        model, *args
-    ):  # or no step would be taken for an end: precision had nothing to count
+    def sees_ends(model, *args):
+        # Or no step would be taken for an end, and precision had nothing to count.
         init(model, *args)
         model.head[-1].bias.data[4] = 4.0
 
@@ -70,9 +74,7 @@ def test_the_notebook_runs(monkeypatch):
     plt.switch_backend("Agg")
     monkeypatch.chdir(ROOT)
     torch.manual_seed(0)  # of the play
-    (program,) = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "docs/notebook.md").read_text(), re.M | re.S
-    )
+    program = program_of("notebook.md")
     exec(compile(program, "docs/notebook.md", "exec"), made := {})
     assert made["dreamed"].shape == (1, 16, 8, 8) and len(plt.gcf().axes) == 3
     real, dreamed, norm = (np.asarray(picture, float) for picture in made["pictures"])
@@ -82,8 +84,7 @@ def test_the_notebook_runs(monkeypatch):
 
 
 def test_a_checkpoint_alone_gives_the_agent(monkeypatch):
-    text = (ROOT / "docs/reliability.md").read_text().replace("runs/Pong__...", "play/showcase")
-    (program,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    program = program_of("reliability.md").replace("runs/Pong__...", "play/showcase")
     monkeypatch.chdir(ROOT)
     exec(compile(program, "docs/reliability.md", "exec"), made := {})
     assert sum(p.numel() for p in made["agent"].parameters()) > 2_000_000

@@ -187,6 +187,18 @@ def test_nothing_in_an_update_reads_from_the_device(args, part, latent_norm, epi
     assert all(value.device == META and value.dim() == 0 for value in found.values())
 
 
+@pytest.mark.parametrize("fault", ["read", "host"])
+def test_a_read_or_a_tensor_of_the_host_would_be_noticed(args, fault, no_autocast, monkeypatch):
+    mean = jedi.masked_mean
+    faults = {
+        "read": lambda v, m: mean(v, m) * float(m.sum()),
+        "host": lambda v, m: mean(v, m) + torch.ones(1),
+    }
+    monkeypatch.setattr(jedi, "masked_mean", faults[fault])
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        update_on_meta(args, "diffusion", 9)
+
+
 def test_one_window_is_drawn_without_waiting(args, monkeypatch):
     """Drawing one sample, `torch.multinomial` reads from the device; of several it does not."""
     counts, multinomial = [], torch.multinomial

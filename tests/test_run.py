@@ -576,3 +576,18 @@ def test_progress_is_one_line_on_a_terminal(often, capsys, monkeypatch):
         pass
     err = capsys.readouterr().err
     assert "\n" not in err and err.count("\r") >= 5
+
+
+@pytest.mark.parametrize(("preset", "parameters"), [("tiny", 1_700_000), ("paper", 13_000_000)])
+def test_a_preset_runs_at_its_real_sizes(preset, parameters, tmp_path, capsys):
+    """On the real game; few steps, updates and games."""
+    names = [name for name in vars(jedi.Args()) if re.search("updates$|episodes$", name)]
+    few = dict.fromkeys(names, 2) | dict(total_steps=40, first_steps_min=30, first_steps_max=30)
+    few |= dict(epoch_steps=10, final_epochs=0, max_episode_steps=12, batch_size=2, threads=1)
+    few |= dict(preset=preset, run_dir=tmp_path / "run")
+    assert jedi.main(command_line(few)) == 0
+    total = re.search(r"^parameters .* all ([\d,]+)", capsys.readouterr().out, re.M)[1]
+    assert parameters / 2 < int(total.replace(",", "")) < parameters * 2
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["env_steps"] == 40 and len(result["returns"]) == 2
+    assert {"checkpoint.pt", "metrics.jsonl"} <= {p.name for p in (tmp_path / "run").iterdir()}

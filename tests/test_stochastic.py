@@ -1,6 +1,7 @@
 """The stochastic script: its chance against the emulator's own frame counter, and its likeness to the main script."""
 
 import ast
+import difflib
 import json
 import multiprocessing
 import os
@@ -40,8 +41,19 @@ def test_the_two_scripts_differ_only_where_the_environments_do():
     main, other = (definitions(path) for path in SCRIPTS)
     drifted = {name for name in main | other if main.get(name) != other.get(name)}
     assert drifted <= MAY_DIFFER, f"drifted apart: {', '.join(sorted(drifted - MAY_DIFFER))}"
+    lines = difflib.ndiff(*(path.read_text().splitlines() for path in SCRIPTS))
+    changed = sum(line[:2] in ("- ", "+ ") for line in lines)
+    assert 20 < changed <= 50, changed
     for name in ("write_result", "eval_only"):
         assert main[name].replace('"plain"', '"stochastic"') == other[name]
+
+
+def test_the_comparison_sees_a_drift(tmp_path):
+    """The check above can fail: one changed number in one function is found, and named."""
+    altered = tmp_path / "altered.py"
+    altered.write_text(SCRIPTS[0].read_text().replace("1 - lambda_", "2 - lambda_"))
+    main, other = definitions(SCRIPTS[0]), definitions(altered)
+    assert {name for name in main if main[name] != other[name]} == {"lambda_returns"}
 
 
 def make(seed: int, low: int, high: int, sticky: float, game: str = "Breakout") -> stochastic.Game:
